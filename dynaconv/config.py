@@ -1,0 +1,181 @@
+"""Typed recipe: what a user may set, with defaults, and every check that needs no checkpoint.
+
+A recipe YAML under ``recipes/`` is composed with hydra, merged into :class:`RunConfig`, and checked as a whole:
+:func:`problems` returns every mistake, not the first. Importing this file imports neither torch nor hydra.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class DataConfig:
+    """Text for calibration, training and validation.
+
+    Attributes:
+        train: A file, glob or folder of text, a ``.jsonl`` file, the name of a Hugging Face dataset, or
+            ``python-stdlib`` (the standard library's own source on this machine). A list mixes several.
+        validation: The same, for text that is never trained on. ``None`` holds documents of ``train`` out.
+        validation_share: Share of documents held out, by hash of their content, when ``validation`` is ``None``.
+        exclude: Glob patterns; matching files are left out of ``train`` and ``validation``.
+        field: Text field of jsonl records and datasets.
+        dataset_config: Configuration name of a Hugging Face dataset.
+        dataset_split: Split of a Hugging Face dataset that ``train`` is read from.
+        sequence_length: Tokens in a window.
+        pack: Cut one stream of documents into full windows. ``False`` keeps one document a window, padded.
+    """
+
+    train: list[str] = field(default_factory=lambda: ["python-stdlib"])
+    validation: list[str] | None = None
+    validation_share: float = 0.05
+    exclude: list[str] = field(default_factory=list)
+    field: str = "text"
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    sequence_length: int = 256
+    pack: bool = True
+
+
+@dataclass
+class ProfileConfig:
+    """How much text is run through the parent, and what is gathered for a training-free router.
+
+    Attributes:
+        tokens: Calibration tokens.
+        batch_size: Windows in a batch.
+        curve_share: Share of the calibration tokens on which difficulty curves are measured.
+        loss_aware: Weigh curves by the gradient of the loss (needs the whole model and a backward pass in memory).
+    """
+
+    tokens: int = 65536
+    batch_size: int = 16
+    curve_share: float = 0.25
+    loss_aware: bool = False
+
+
+@dataclass
+class CarveConfig:
+    """Order, cut, and routers without training.
+
+    Attributes:
+        order: ``importance`` (mean |activation| times the norm of the down column) or ``none``.
+        router: ``curve`` (ridge regression of the difficulty curve on the FFN input).
+        ridge: Ridge strength relative to the mean of the feature covariance's diagonal.
+        shard_bytes: Largest shard that is written.
+    """
+
+    order: str = "importance"
+    router: str = "curve"
+    ridge: float = 1e-3
+    shard_bytes: int = 4 * 1024**3
+
+
+@dataclass
+class FinetuneConfig:
+    """Weights and routers at sampled budgets.
+
+    Attributes:
+        tokens: Training tokens.
+        batch_size: Windows in one optimiser step.
+        accumulation: Micro-batches a step is cut into.
+        router: Target of the routers: ``gate`` (end to end), ``curve``, ``class``, or ``uniform`` (no router).
+        teacher: ``self`` (the model's own full dial) or ``parent`` (the frozen dense checkpoint).
+        learning_rate: Peak for the weights.
+        router_learning_rate: Peak for the routers.
+        warmup_steps: Linear warm-up; cosine decay to zero follows.
+        weight_decay: Decoupled weight decay on weight matrices.
+        clip: Largest gradient norm, of the weights and of the routers each.
+        uniform_share: Share of the steps, at the start, in which all tokens get the same width.
+        budgets: Lowest and highest budget sampled.
+        full_weight: Weight of the full dial's cross-entropy; the dial's distillation has the rest.
+        router_rank: Hidden width of a router; ``0`` takes D / 16 rounded up to a multiple of 64.
+        bound: Largest say of a ``gate`` router, in blocks to either side of the common level.
+        temperature: Width of the straight-through sigmoid, in blocks.
+        theta: Agreement (cosine) a ``class`` label asks for.
+        precision: ``fp32`` or ``bf16``.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        save_every: Steps between resumable states.
+        wandb: ``auto`` (online with a key, offline without), ``offline`` or ``off``.
+    """
+
+    tokens: int = 1_500_000
+    batch_size: int = 16
+    accumulation: int = 1
+    router: str = "gate"
+    teacher: str = "self"
+    learning_rate: float = 6e-4
+    router_learning_rate: float = 1e-3
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    uniform_share: float = 0.4
+    budgets: list[float] = field(default_factory=lambda: [0.15, 0.75])
+    full_weight: float = 0.5
+    router_rank: int = 0
+    bound: float = 3.0
+    temperature: float = 1.0
+    theta: float = 0.8
+    precision: str = "fp32"
+    gradient_checkpointing: bool = False
+    save_every: int = 50
+    wandb: str = "auto"
+
+
+@dataclass
+class CalibrateConfig:
+    """The dial's grid and how it is measured.
+
+    Attributes:
+        budgets: Active FFN shares to solve thresholds for; 1 is always added.
+        tokens: Validation tokens that thresholds are solved on; never those that are scored.
+        score_tokens: Validation tokens that loss and agreement are scored on.
+        batch_size: Windows in a batch.
+        tolerance: Largest difference between the share asked and the share spent.
+        speed_tokens: Tokens generated at batch 1 for tokens/s; ``0`` leaves speed out.
+    """
+
+    budgets: list[float] = field(default_factory=lambda: [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875])
+    tokens: int = 32768
+    score_tokens: int = 40960
+    batch_size: int = 16
+    tolerance: float = 0.005
+    speed_tokens: int = 64
+
+
+@dataclass
+class ExportConfig:
+    """Where the result goes.
+
+    Attributes:
+        target: ``hf``: a folder that stock transformers loads, with the dial beside it.
+        check: Reload the folder in a clean process and compare before publishing.
+    """
+
+    target: str = "hf"
+    check: bool = True
+
+
+@dataclass
+class RunConfig:
+    """Everything one run depends on.
+
+    Attributes:
+        source: Folder or hub name of the dense checkpoint.
+        stages: Stages in order.
+        blocks: Neuron blocks each FFN is cut into, at most 64.
+        seed: Seeds sampling, shuffling and initialisation.
+        trust_remote_code: Let transformers run code from the source folder.
+    """
+
+    source: str = ""
+    stages: list[str] = field(default_factory=lambda: ["profile", "carve", "finetune", "calibrate", "export"])
+    blocks: int = 8
+    seed: int = 0
+    trust_remote_code: bool = False
+    data: DataConfig = field(default_factory=DataConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    carve: CarveConfig = field(default_factory=CarveConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)

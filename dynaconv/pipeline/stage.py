@@ -1,0 +1,94 @@
+"""What a stage is: what it reads, what it makes, what it costs, and how it runs.
+
+Artifacts have a kind. A recipe is legal when every stage finds the kinds it consumes among those made before it:
+
+    dense        a plain checkpoint folder (the source, or what a resize made)
+    statistics   what profile measured on a dense checkpoint
+    dynamic      a carved checkpoint: plain tensors, and dynaconv.json + dynaconv.safetensors beside them
+    dials        thresholds and the frontier that calibrate measured on a dynamic checkpoint
+    model        an exported folder
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from dynaconv.config import RunConfig
+from dynaconv.progress import Progress
+
+KINDS = ("dense", "statistics", "dynamic", "dials", "model")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What ``plan`` says of a stage before it runs.
+
+    Attributes:
+        peak_bytes: Resident memory at the worst instant, without the interpreter and its libraries.
+        disk_bytes: What it leaves on disk.
+        flops: Floating-point operations in all.
+        notes: Lines for the reader, such as the shape that comes out.
+    """
+
+    peak_bytes: int = 0
+    disk_bytes: int = 0
+    flops: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a running stage is handed.
+
+    Attributes:
+        config: The whole resolved recipe.
+        inputs: Folder of each consumed artifact, by kind.
+        folder: Empty staging folder; what is here when ``run`` returns is published atomically.
+        work: Folder that outlives an interruption, for resumable state; removed once the stage is published.
+        progress: The one progress display.
+        log: Logger that also writes ``logs/<stage>.log``.
+    """
+
+    config: RunConfig
+    inputs: Mapping[str, Path]
+    folder: Path
+    work: Path
+    progress: Progress
+    log: logging.Logger = field(default_factory=lambda: logging.getLogger("dynaconv"))
+
+
+class Stage(ABC):
+    """Base of all stages. Subclasses set the class attributes and override :meth:`run`.
+
+    Attributes:
+        name: What recipes and commands call it.
+        consumes: Kinds it reads; the newest of each kind is handed to :meth:`run`.
+        produces: Kind it makes.
+        invalidates: Kinds that no longer describe the newest checkpoint once this stage has run.
+        sections: Fields of :class:`RunConfig` that its result depends on; they enter the fingerprint.
+        unfingerprinted: Dotted fields within ``sections`` that change how, not what (``finetune.save_every``).
+    """
+
+    name: ClassVar[str]
+    consumes: ClassVar[tuple[str, ...]]
+    produces: ClassVar[str]
+    invalidates: ClassVar[tuple[str, ...]] = ()
+    sections: ClassVar[tuple[str, ...]]
+    unfingerprinted: ClassVar[tuple[str, ...]] = ()
+
+    def problems(self, config: RunConfig) -> list[str]:
+        """Mistakes in ``config`` that this stage can see without running, one sentence each."""
+        return []
+
+    def estimate(self, config: RunConfig, source: Path) -> Estimate:
+        """Cost of running on the dense checkpoint at ``source``. Reads headers and config.json only."""
+        return Estimate()
+
+    @abstractmethod
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """Writes the artifact into ``context.folder`` and returns metrics for the manifest (JSON values)."""

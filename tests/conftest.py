@@ -1,0 +1,110 @@
+"""Fixtures: tiny checkpoints of every family, made on the spot, and real text that is on every machine."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer of 257 tokens: every text round-trips, nothing is trained."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<|endoftext|>": 0, **{char: i + 1 for i, char in enumerate(alphabet)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+def make_checkpoint(
+    folder: Path,
+    family: str = "llama",
+    *,
+    tied: bool = False,
+    ffn: int = 96,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int | None = None,
+    hidden: int = 64,
+    layers: int = 2,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **config: Any,
+) -> Path:
+    """Writes a random checkpoint of ``family`` with its tokenizer. Extra keywords go to the transformers config."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    settings = dict(
+        vocab_size=257,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=None,
+        initializer_range=0.1,
+    )
+    if head_dim is not None:
+        settings["head_dim"] = head_dim
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**settings, **config}), dtype=dtype)
+    with torch.no_grad():  # biases and norms start at 0 and 1: draw them, so that losing one shows
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a tiny checkpoint; see :func:`make_checkpoint`. Each call makes another folder."""
+    made: list[Path] = []
+
+    def make(family: str = "llama", **settings: Any) -> Path:
+        made.append(make_checkpoint(tmp_path / f"parent-{len(made)}-{family}", family, **settings))
+        return made[-1]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 200 kB of Python source from the standard library."""
+    import argparse
+    import inspect
+    import typing
+
+    path = tmp_path_factory.mktemp("text") / "source.txt"
+    path.write_text("\n".join(inspect.getsource(module) for module in (argparse, typing)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real models and text beside the checkout; tests that want it skip where it is absent."""
+    path = ROOT.parent / "shared"
+    if not path.is_dir():
+        pytest.skip("no ../shared beside the checkout")
+    return path
