@@ -51,20 +51,20 @@ def make_checkpoint(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    settings = dict(
-        vocab_size=257,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=512,
-        tie_word_embeddings=tied,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=None,
-        initializer_range=0.1,
-    )
+    settings = {
+        "vocab_size": 257,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+        "initializer_range": 0.1,
+    }
     if head_dim is not None:
         settings["head_dim"] = head_dim
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**settings, **config}), dtype=dtype)
