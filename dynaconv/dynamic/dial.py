@@ -1,0 +1,110 @@
+"""The dial: how much of a model a call may use. A value, not a mode."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dynaconv.dynamic.layout import DialTable
+
+
+@dataclass(frozen=True)
+class Dial:
+    """How much of the model to use: a budget, a quality, or one fixed width. Immutable; travels with the call.
+
+    Turning it up never takes a block away from a token whose hidden state is the same.
+
+    Attributes:
+        budget: Mean active FFN share, in (0, 1]. 1 is the full dial: the parent's own function.
+        quality: exp(parent loss - loss) to hold, in (0, 1]; turned into a budget by the calibrated frontier.
+        width: The same number of blocks for every token, from 0; needs no router and no calibration.
+
+    Raises:
+        ValueError: Not exactly one of the three is given, or it is out of its range.
+    """
+
+    budget: float | None = None
+    quality: float | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("budget", "quality", "width") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a dial is one of budget, quality or width; given: {', '.join(given) or 'none'}")
+        for name in ("budget", "quality"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} {value} is outside (0, 1]")
+        if self.width is not None and self.width < 0:
+            raise ValueError(f"width {self.width} is negative")
+
+    @classmethod
+    def full(cls) -> Dial:
+        """All blocks for all tokens: the parent's function."""
+        return cls(budget=1.0)
+
+    @classmethod
+    def uniform(cls, width: int) -> Dial:
+        """``width`` blocks for every token."""
+        return cls(width=width)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every block is on whatever the calibration says."""
+        return self.budget == 1.0
+
+    def levels(self, table: DialTable | None, layers: int) -> tuple[float, ...]:
+        """The level of each of the L layers' routers; infinite at the full dial.
+
+        Levels between two calibrated budgets are interpolated linearly, so they stay monotone in the dial.
+
+        Raises:
+            ValueError: The model has no calibrated dial, the budget lies below the lowest calibrated one, or no
+                calibrated point reaches the quality.
+        """
+        if self.is_full:
+            return (math.inf,) * layers
+        if self.width is not None:
+            raise ValueError("a uniform width has no router level")
+        if table is None:
+            raise ValueError("this model has no calibrated dial: run `dynaconv calibrate`, or use Dial.uniform(width)")
+        budget = self.budget if self.budget is not None else budget_for_quality(table, self.quality or 1.0)
+        if budget == 1.0:
+            return (math.inf,) * layers
+        if budget < table.budgets[0]:
+            raise ValueError(f"budget {budget:g} is below the lowest calibrated one, {table.budgets[0]:g}")
+        right = bisect_right(table.budgets, budget)
+        if right == len(table.budgets):
+            return table.levels[-1]
+        low, high = table.budgets[right - 1], table.budgets[right]
+        part = (budget - low) / (high - low)
+        return tuple(a + part * (b - a) for a, b in zip(table.levels[right - 1], table.levels[right], strict=True))
+
+
+def budget_for_quality(table: DialTable, quality: float) -> float:
+    """The lowest budget whose measured quality, interpolated, is at least ``quality``.
+
+    Raises:
+        ValueError: No calibrated point reaches it; names the best one.
+    """
+    points = list(zip(table.budgets, table.qualities, strict=True))
+    best = max(points, key=lambda point: point[1])
+    if best[1] < quality:
+        raise ValueError(f"no point reaches quality {quality:g}; the best is {best[1]:.4f} at budget {best[0]:g}")
+    for (low, worse), (high, better) in zip(points, points[1:], strict=False):
+        if worse >= quality:
+            return low
+        if better >= quality:
+            return low + (high - low) * (quality - worse) / (better - worse)
+    return best[0]
+
+
+def as_dial(value: Dial | float | Sequence[Dial | float]) -> Dial | tuple[Dial, ...]:
+    """A number means a budget; a sequence means one dial a sequence of the batch."""
+    if isinstance(value, Dial):
+        return value
+    if isinstance(value, (int, float)):
+        return Dial(budget=float(value))
+    return tuple(dial if isinstance(dial, Dial) else Dial(budget=float(dial)) for dial in value)

@@ -1,0 +1,98 @@
+"""How a token's width in a layer comes of a dial.
+
+B batch, T tokens, D residual width, N blocks, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dynaconv.dynamic.ffn import DynamicFFN
+
+
+class Policy(Protocol):
+    """Decides, layer by layer, which blocks the tokens of a call use."""
+
+    def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor | None:
+        """What the tokens ``x`` (B, T, D) use of ``ffn``.
+
+        Returns:
+            ``None``: all blocks. An integer tensor (B, T): the first so many. A floating tensor (B, T, N): each block
+            times its entry, through which gradients may flow.
+        """
+
+
+@dataclass(frozen=True)
+class Full:
+    """All blocks for all tokens."""
+
+    def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor | None:
+        """Nothing is left out."""
+        return None
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """The same width for all tokens and layers."""
+
+    width: int
+
+    def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor | None:
+        """``width`` blocks, or all where the FFN has no more."""
+        if self.width >= ffn.blocks:
+            return None
+        return torch.full(x.shape[:-1], self.width, dtype=torch.int64, device=x.device)
+
+
+@dataclass(frozen=True)
+class Static:
+    """One width a layer, the same for all tokens.
+
+    Attributes:
+        widths: L widths.
+    """
+
+    widths: Sequence[int]
+
+    def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor | None:
+        """The layer's width."""
+        return Uniform(self.widths[ffn.layer]).decide(ffn, x)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Widths made beforehand, for baselines and oracles.
+
+    Attributes:
+        widths: (B, T) widths by layer.
+    """
+
+    widths: Mapping[int, Tensor]
+
+    def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor | None:
+        """The layer's widths."""
+        return self.widths[ffn.layer]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Widths from the routers at a level each.
+
+    Attributes:
+        levels: (L,) one level a layer, or (B, L) one a layer and sequence.
+    """
+
+    levels: Tensor
+
+    def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor | None:
+        """The width each token's router asks for."""
+        level = self.levels[..., ffn.layer].to(x.device)
+        if level.dim():  # one dial a sequence; beams and returned sequences repeat each row in place
+            level = level.repeat_interleave(x.shape[0] // level.shape[0], dim=0)[:, None]
+        return ffn.router.widths(ffn.router(x), level)

@@ -1,0 +1,97 @@
+"""Routers: how many blocks a token wants, from the FFN's input.
+
+Three kinds share one module and one rule, "a width that never falls as the level rises", so that one dial drives all:
+
+* ``gate``: one score s, bounded to +-S blocks; width = round(s + level). Trained end to end.
+* ``curve``: N predictions of log t_n, the error that a width of n blocks would make; width = argmin t_n + exp(-level)
+  * share_n. After D2DMoE (arXiv 2310.04361), with the argmin in place of its threshold.
+* ``class``: N logits over the smallest sufficient width 1..N, after DynaMoE (arXiv 2502.12325); width = the smallest
+  whose cumulative probability reaches the level.
+
+D residual width, N blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dynaconv.dynamic.layout import RouterLayout
+
+
+class Router(nn.Module):
+    """A token's wish, from an FFN input of width D.
+
+    Args:
+        hidden_size: D.
+        edges: N + 1 neuron positions of the blocks.
+        layout: Kind, branches and bound.
+    """
+
+    def __init__(self, hidden_size: int, edges: Sequence[int], layout: RouterLayout) -> None:
+        super().__init__()
+        self.kind, self.bound, self.blocks = layout.kind, layout.bound, len(edges) - 1
+        outputs = 1 if layout.kind == "gate" else self.blocks
+        self.linear = nn.Linear(hidden_size, outputs) if layout.linear else None
+        self.hidden = nn.Linear(hidden_size, layout.rank) if layout.rank else None
+        self.output = nn.Linear(layout.rank, outputs) if layout.rank else None
+        self.edges = tuple(edges)
+        for start in (self.linear, self.output):  # routers start silent: every token alike
+            if start is not None:
+                nn.init.zeros_(start.weight)
+                nn.init.zeros_(start.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores of tokens ``x`` (..., D): (...) for ``gate``, (..., N) otherwise. Computed in fp32."""
+        x = x.float()
+        raw: Tensor | None = None
+        if self.hidden is not None and self.output is not None:
+            raw = self.output(functional.silu(self.hidden(x)))
+        if self.linear is not None:
+            raw = self.linear(x) if raw is None else raw + self.linear(x)
+        if raw is None:
+            raise ValueError("this model has no routers: use Dial.full() or Dial.uniform(width)")
+        return self.bound * torch.tanh(raw.squeeze(-1) / self.bound) if self.kind == "gate" else raw
+
+    def widths(self, scores: Tensor, level: Tensor | float) -> Tensor:
+        """Widths (...) int64 in 0..N for ``scores`` at ``level`` (a number, or broadcastable to (...)).
+
+        Monotone: a higher level never gives a smaller width for the same scores.
+        """
+        level = torch.as_tensor(level, dtype=scores.dtype, device=scores.device)
+        if self.kind == "gate":
+            return (scores + level - 0.5).ceil().clamp(0, self.blocks).long()
+        if self.kind == "curve":
+            share = torch.tensor(self.edges, dtype=scores.dtype, device=scores.device) / self.edges[-1]
+            error = functional.pad(scores.exp(), (0, 1))  # (..., N + 1): the full width makes no error
+            return (error + torch.exp(-level)[..., None] * share).argmin(-1)
+        reached = scores.softmax(-1).cumsum(-1)[..., :-1] >= level[..., None]
+        return self.blocks - reached.sum(-1)
+
+    def level_range(self) -> tuple[float, float]:
+        """A level at which (nearly) no block is on, and one at which all are."""
+        if self.kind == "gate":
+            return -self.bound - 0.5, self.blocks + self.bound + 0.5
+        return (-30.0, 40.0) if self.kind == "curve" else (0.0, 1.0 + 1e-6)
+
+
+def solve_level(router: Router, scores: Sequence[Tensor], budget: float, *, iterations: int = 40) -> float:
+    """The one level for all layers at which the mean active share over tokens and layers is ``budget``.
+
+    Args:
+        router: Any layer's router; only its rule is used.
+        scores: Scores of each layer, (tokens,) or (tokens, N).
+        budget: Active FFN share, in (0, 1].
+        iterations: Bisection steps.
+    """
+    low, high = router.level_range()
+    share = torch.tensor(router.edges, dtype=torch.float64, device=scores[0].device) / router.edges[-1]
+    for _ in range(iterations):
+        middle = (low + high) / 2
+        spent = math.fsum(share[router.widths(s, middle)].mean().item() for s in scores) / len(scores)
+        low, high = (middle, high) if spent < budget else (low, middle)
+    return high
