@@ -79,6 +79,19 @@ class CheckpointReader:
         else:
             raise _no_weights(self.folder)
 
+    @classmethod
+    def of_file(cls, path: Path) -> CheckpointReader:
+        """The tensors of one safetensors file that is no whole checkpoint, such as statistics.
+
+        Raises:
+            CheckpointError: The file is missing, truncated or corrupt.
+        """
+        if not path.is_file():
+            raise CheckpointError(f"{path.name} is missing", where=path.parent)
+        reader = cls.__new__(cls)
+        reader.folder, reader.tensors = path.parent, _infos(path)
+        return reader
+
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors."""
@@ -116,13 +129,13 @@ class CheckpointReader:
         row_bytes = info.nbytes // max(info.shape[0], 1)
         return _read(info, start * row_bytes, (stop - start, *info.shape[1:]))
 
-    def read_finite(self, name: str) -> Tensor:
-        """The whole tensor, refused when it holds NaN or infinity.
+    def read_finite(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """The whole tensor, or ``rows`` (start, stop) of it; refused when it holds NaN or infinity.
 
         Raises:
-            CheckpointError: As :meth:`read`, and for values that are not finite.
+            CheckpointError: As :meth:`read` and :meth:`read_rows`, and for values that are not finite.
         """
-        tensor = self.read(name)
+        tensor = self.read(name) if rows is None else self.read_rows(name, *rows)
         if not _finite(tensor):
             count = int((~torch.isfinite(tensor.float())).sum())
             raise CheckpointError(
@@ -141,9 +154,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: The file is missing, truncated or corrupt.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path.name} is missing", where=path.parent)
-    return {name: _read(info, 0, info.shape) for name, info in _infos(path).items()}
+    reader = CheckpointReader.of_file(path)
+    return {name: reader.read(name) for name in reader.tensors}
 
 
 def _infos(path: Path) -> dict[str, TensorInfo]:
