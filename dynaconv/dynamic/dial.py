@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -93,7 +94,7 @@ def budget_for_quality(table: DialTable, quality: float) -> float:
     best = max(points, key=lambda point: point[1])
     if best[1] < quality:
         raise ValueError(f"no point reaches quality {quality:g}; the best is {best[1]:.4f} at budget {best[0]:g}")
-    for (low, worse), (high, better) in zip(points, points[1:], strict=False):
+    for (low, worse), (high, better) in itertools.pairwise(points):
         if worse >= quality:
             return low
         if better >= quality:

@@ -47,7 +47,10 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores of tokens ``x`` (..., D): (...) for ``gate``, (..., N) otherwise. Computed in fp32."""
-        x = x.float()
+        with torch.autocast(x.device.type, enabled=False):
+            return self._scores(x.float())
+
+    def _scores(self, x: Tensor) -> Tensor:
         raw: Tensor | None = None
         if self.hidden is not None and self.output is not None:
             raw = self.output(functional.silu(self.hidden(x)))

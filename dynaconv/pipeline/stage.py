@@ -61,6 +61,11 @@ class StageContext:
     progress: Progress
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("dynaconv"))
 
+    @property
+    def logs(self) -> Path:
+        """Folder for logs, outside of what is published."""
+        return self.folder.parent / "logs"
+
 
 class Stage(ABC):
     """Base of all stages. Subclasses set the class attributes and override :meth:`run`.

@@ -1,0 +1,1 @@
+"""Fine-tuning: dial sampling, losses, engines, one loop, exact resume."""

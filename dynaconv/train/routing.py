@@ -1,0 +1,102 @@
+"""Policies of the training passes: what the routers see, what they decide, and what they learn from.
+
+A step runs the model twice: once at the full dial (:class:`Scored` leaves each layer's router inputs and scores
+behind, from which the level of the sampled budget is solved), once at that level, under one of the policies below.
+
+B batch, T tokens, D residual width, F FFN width, N blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dynaconv.dynamic.curves import agreements, log_errors, relative_errors, width_by_cosine
+from dynaconv.dynamic.ffn import DynamicFFN
+
+
+class Scored:
+    """All blocks on; router inputs (B, T, D) and scores are kept by layer."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[int, Tensor] = {}
+        self.scores: dict[int, Tensor] = {}
+
+    def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor | None:
+        """All blocks."""
+        with torch.no_grad():
+            self.inputs[ffn.layer] = x.detach()
+            self.scores[ffn.layer] = ffn.router(x.detach())
+        return None
+
+
+class Gated:
+    """Router target ``gate``: blocks on where the wanted width passes them, with a gradient to every block.
+
+    Block j (from 1) is on if s + level > j - 1/2. Its gradient goes straight through
+    sigmoid((s + level - j + 1/2) / temperature), also where it is off.
+    """
+
+    def __init__(self, level: float, temperature: float) -> None:
+        self.level, self.temperature = level, temperature
+        self.scores: dict[int, Tensor] = {}
+        self.inputs: dict[int, Tensor] = {}
+
+    def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor | None:
+        """Entries in {0, 1}, (B, T, N), that carry the straight-through gradient."""
+        score = ffn.router(x)
+        if score.requires_grad and ffn.layer not in self.scores:
+            score.retain_grad()
+            self.scores[ffn.layer], self.inputs[ffn.layer] = score, x.detach()
+        edge = torch.arange(ffn.blocks, device=x.device) + 0.5
+        distance = (score + self.level)[..., None] - edge
+        soft = torch.sigmoid(distance / self.temperature)
+        return (distance > 0).float() + soft - soft.detach()
+
+    def centre(self, ffns: list[DynamicFFN]) -> Tensor:
+        """A loss whose gradient takes the mean over tokens and layers out of the routers' gradients.
+
+        Only relative width matters: the budget fixes the mean. Call after the backward pass of the gated loss.
+        """
+        means = [score.grad.mean() for score in self.scores.values() if score.grad is not None]
+        mean = torch.stack(means).mean()
+        return torch.stack([(-mean * ffn.router(self.inputs[ffn.layer])).sum() for ffn in ffns]).sum()
+
+
+class Labelled:
+    """Router targets ``curve`` and ``class``: widths by the router's rule, targets from the curve of the same pass."""
+
+    def __init__(self, level: float, theta: float) -> None:
+        self.level, self.theta = level, theta
+        self.scores: dict[int, Tensor] = {}
+        self.losses: dict[int, Tensor] = {}
+
+    def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor | None:
+        """Integer widths (B, T); the trunk gets no gradient from the router."""
+        score = ffn.router(x.detach())
+        self.scores.setdefault(ffn.layer, score)
+        return ffn.router.widths(score.detach(), self.level)
+
+    def observe(self, ffn: DynamicFFN, x: Tensor, h: Tensor) -> None:
+        """Measures the curve of activations ``h`` (B, T, F) and the router's loss against it."""
+        score = ffn.router(x.detach()).flatten(0, 1)
+        tokens, down = h.detach().flatten(0, 1).float(), ffn.projection(ffn.names.down).weight.detach()
+        if ffn.router.kind == "curve":
+            loss = functional.mse_loss(score, log_errors(relative_errors(tokens, down, ffn.edges)))
+        else:
+            label = width_by_cosine(agreements(tokens, down, ffn.edges).cosines, self.theta)
+            loss = functional.cross_entropy(score, label - 1)
+        self.losses.setdefault(ffn.layer, loss)  # a recomputation measures it again: same value, counted once
+
+    def loss(self) -> Tensor:
+        """Mean over layers."""
+        return torch.stack(list(self.losses.values())).mean()
+
+
+def spent_share(masks: Mapping[int, Tensor], edges: tuple[int, ...]) -> float:
+    """Mean active share of integer widths by layer, each (B, T)."""
+    share = torch.tensor(edges, dtype=torch.float64) / edges[-1]
+    return sum(float(share[widths.cpu()].mean()) for widths in masks.values()) / len(masks)

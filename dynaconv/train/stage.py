@@ -1,0 +1,183 @@
+"""The ``finetune`` stage: a carved checkpoint in, the same with tuned weights and trained routers out."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from dynaconv.artifacts.files import require_space
+from dynaconv.config import FinetuneConfig, RunConfig
+from dynaconv.pipeline.stage import Estimate, Stage, StageContext
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class FinetuneStage(Stage):
+    """Trains weights and routers at sampled budgets; resumes in the middle, exactly."""
+
+    name = "finetune"
+    consumes = ("dense", "dynamic")
+    produces = "dynamic"
+    invalidates = ("dials",)
+    sections = ("seed", "data", "finetune")
+    unfingerprinted = ("finetune.save_every", "finetune.wandb")
+
+    def problems(self, config: RunConfig) -> list[str]:
+        """Training that has fewer tokens than one step."""
+        tuning = config.finetune
+        per_step = tuning.batch_size * config.data.sequence_length
+        if tuning.tokens < per_step:
+            return [f"finetune.tokens: {tuning.tokens} is less than one step of {per_step} tokens"]
+        return []
+
+    def estimate(self, config: RunConfig, source: Path) -> Estimate:
+        """Weights, gradients and AdamW's two moments in fp32, and the activations of one micro-batch."""
+        from dynaconv.arch.checkpoint import Checkpoint
+
+        checkpoint = Checkpoint.open(source)
+        tuning, sizes = config.finetune, checkpoint.sizes
+        tokens = tuning.batch_size * config.data.sequence_length // tuning.accumulation
+        layer = 14 * sizes["residual"] + 5 * sizes["ffn"] if not tuning.gradient_checkpointing else sizes["residual"]
+        activations = 4 * tokens * (checkpoint.layers * layer + 5 * sizes["vocab"])
+        weights = 4 * checkpoint.parameters
+        parent = weights if tuning.teacher == "parent" else 0
+        return Estimate(
+            peak_bytes=4 * weights + parent + activations,
+            disk_bytes=checkpoint.reader.total_bytes,
+            flops=(12.0 if tuning.teacher == "self" else 14.0) * checkpoint.parameters * tuning.tokens,
+            notes=(f"{_steps(tuning, config)} steps of {tuning.batch_size} x {config.data.sequence_length} tokens",),
+        )
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """Trains from the last saved state to the end, then writes the checkpoint."""
+        import torch
+
+        from dynaconv.train.engine import TorchEngine
+        from dynaconv.train.loop import Trainer
+        from dynaconv.train.state import Position, load_state, save_state
+        from dynaconv.train.tracking import Tracker
+
+        config, tuning = context.config, context.config.finetune
+        torch.manual_seed(config.seed)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = routed_model(context.inputs["dynamic"], tuning)
+        if tuning.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        engine = TorchEngine(model, tuning, device)
+        require_space(context.work, 2 * 12 * sum(p.numel() for p in model.parameters()))
+        parent = frozen_parent(context.inputs["dense"], device) if tuning.teacher == "parent" else None
+        trainer = Trainer(engine, tuning, training_windows(context), _steps(tuning, config), config.seed, parent)
+        start = load_state(context.work, engine)
+        trainer.drift = start.drift
+        if start.step:
+            context.log.info("resuming after step %d of %d", start.step, trainer.steps)
+        tracker = Tracker(
+            context.work / METRICS_FILE,
+            mode=tuning.wandb,
+            folder=context.logs,
+            config=asdict(config),
+            step=start.step,
+            log=context.log,
+        )
+        begun, tokens = time.monotonic(), tuning.batch_size * config.data.sequence_length
+        last: dict[str, float] = {}
+        with context.progress.task("finetune", total=trainer.steps, unit="steps", done=start.step) as task:
+
+            def finished(step: int, metrics: dict[str, float]) -> None:
+                last.update(metrics)
+                tracker.log(step, metrics)
+                task.advance(1, tokens=tokens, note=f"loss {metrics['loss_full']:.3f} kl {metrics['kl_dial']:.3f}")
+                if (step + 1) % tuning.save_every == 0 and step + 1 < trainer.steps:
+                    elapsed = start.seconds + time.monotonic() - begun
+                    save_state(context.work, engine, Position(step + 1, trainer.drift, elapsed))
+
+            trainer.run(start.step, finished)
+        tracker.close()
+        seconds = start.seconds + time.monotonic() - begun
+        write_checkpoint(model, context, tuning)
+        metrics: dict[str, Any] = {name: last[name] for name in ("loss_full", "kl_dial") if name in last}
+        return metrics | {
+            "steps": trainer.steps,
+            "tokens": trainer.steps * tokens,
+            "tokens_per_s": round(trainer.steps * tokens / max(seconds, 1e-9), 1),
+        }
+
+
+def _steps(tuning: FinetuneConfig, config: RunConfig) -> int:
+    return max(1, math.floor(tuning.tokens / (tuning.batch_size * config.data.sequence_length)))
+
+
+def training_windows(context: StageContext) -> Any:
+    """Windows of the training split, as many tokens as the run wants or the text has."""
+    from dynaconv.data.corpus import load_corpus
+    from dynaconv.data.tokenizer import load_tokenizer
+    from dynaconv.data.windows import Windows
+
+    tuning, data = context.config.finetune, context.config.data
+    tokenizer = load_tokenizer(context.inputs["dynamic"])
+    corpus = load_corpus(data, tokenizer, train_tokens=tuning.tokens, validation_tokens=0)
+    return Windows(corpus.train, data.sequence_length)
+
+
+def routed_model(folder: Path, tuning: FinetuneConfig) -> Any:
+    """The carved model in fp32 with the routers that ``tuning`` trains.
+
+    ``curve`` routers start from the closed-form ones, the others silent: every token alike.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from dynaconv.artifacts.tensors import read_tensors
+    from dynaconv.dynamic.layout import ROUTER_FILE, Layout, RouterLayout
+    from dynaconv.dynamic.modeling import attach
+
+    layout = Layout.load(folder)
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rank = tuning.router_rank or 64 * math.ceil(stock.config.hidden_size / 16 / 64)
+    kind = "none" if tuning.router == "uniform" else tuning.router
+    wanted = RouterLayout(
+        kind=kind,
+        linear=kind in ("curve", "class"),
+        rank=0 if kind == "none" else rank,
+        bound=tuning.bound,
+    )
+    model = attach(stock, replace(layout, router=wanted, dial=None, frontier={}))
+    if kind == "curve" and layout.router.kind == "curve":
+        known = read_tensors(folder / ROUTER_FILE)
+        for ffn in model.ffns():
+            prefix = f"layers.{ffn.layer}.router."
+            own = {name.removeprefix(prefix): value for name, value in known.items() if name.startswith(prefix)}
+            ffn.router.load_state_dict(own, strict=False)
+    return model
+
+
+def frozen_parent(folder: Path, device: Any) -> Any:
+    """The dense checkpoint, without gradients, in its own dtype."""
+    from transformers import AutoModelForCausalLM
+
+    parent = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+    return parent.requires_grad_(False)
+
+
+def write_checkpoint(model: Any, context: StageContext, tuning: FinetuneConfig) -> None:
+    """The tuned tensors under the parent's names and dtypes, routers and layout beside them."""
+    from dynaconv.arch.checkpoint import copy_side_files
+    from dynaconv.artifacts.tensors import CheckpointReader
+    from dynaconv.artifacts.writer import CheckpointWriter, write_tensors
+    from dynaconv.dynamic.layout import ROUTER_FILE
+
+    carved, folder = context.inputs["dynamic"], context.folder
+    reader, state = CheckpointReader(carved), model.dense_state()
+    layout = [(info.name, info.dtype, info.shape) for info in reader.tensors.values()]
+    with CheckpointWriter(folder, layout, shard_bytes=context.config.carve.shard_bytes) as writer:
+        for name, dtype, _ in layout:
+            writer.write(name, state[name].detach().to("cpu", dtype))
+    copy_side_files(carved, folder)
+    model.layout.save(folder)
+    if model.layout.router.kind != "none":
+        write_tensors(folder / ROUTER_FILE, {name: t.cpu() for name, t in model.router_state().items()})
+    shutil.copy(context.work / METRICS_FILE, folder / METRICS_FILE)
