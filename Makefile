@@ -1,0 +1,60 @@
+# Everything a clone needs: `make test`, `make demo`. The first target that runs makes .venv and installs into it.
+# Needs Python >= 3.11 with venv, and a package index.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := $(shell grep '^torch==' constraints.txt)
+SMOKE := runs/smoke
+DEMO := runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help install test lint format types smoke demo bench clean
+
+help:  ## Say what can be made
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+install: $(STAMP)  ## Make .venv and install dynaconv with its development tools
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "dynaconv needs Python 3.11 or newer: make PYTHON=/path/to/python" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+test: $(STAMP)  ## Run the test suite
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## Check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## Put style and format right
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP)  ## Check types
+	$(BIN)/mypy
+
+smoke: $(STAMP)  ## The whole pipeline on the embedded default, tiny budgets
+	rm -rf $(SMOKE)
+	$(BIN)/dynaconv convert --recipe smoke --out $(SMOKE)
+	$(BIN)/dynaconv dial-k $(SMOKE) --budget 0.5
+
+demo: $(STAMP)  ## A tiny model with a dial, from nothing, in a few minutes
+	@echo "1. Convert the embedded default, a tiny Llama, with a short fine-tuning:"
+	$(BIN)/dynaconv convert --out $(DEMO) finetune.tokens=262144
+	@echo "2. Choose a point of its dial, half of the FFN:"
+	$(BIN)/dynaconv dial-k $(DEMO) --budget 0.5 --write
+	@echo "3. Let it write at a quarter of the FFN:"
+	$(BIN)/dynaconv generate $(DEMO) --prompt "def " --max-new-tokens 48 --dial 0.25
+
+bench: $(STAMP)  ## Measure the CPU kernels; writes JSON
+	$(BIN)/python scripts/bench_cpu.py
+
+clean:  ## Remove .venv, caches and what smoke and demo made
+	rm -rf $(VENV) $(SMOKE) $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find dynaconv tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
