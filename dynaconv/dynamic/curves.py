@@ -1,0 +1,133 @@
+"""Difficulty curves: how much of its FFN output a token loses at every width, and the labels that follow from it.
+
+Width n of N keeps the first n blocks of neurons. With y_n the output of the first n blocks and y the full one (down
+bias left out of both), a token's curve is r_n = ||y_n - y|| / ||y||: r_0 = 1 and r_N = 0. Nested experts after
+DynaMoE (arXiv 2502.12325), whose label is the class :func:`width_by_error` or :func:`width_by_cosine` reads off the
+curve; regressing the curve itself follows D2DMoE (arXiv 2310.04361).
+
+Shapes: M tokens, D residual width, F neurons, N blocks. Every function is pure and takes no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import linear
+
+FLOOR = 1e-4  # errors and weights below this are told apart by nobody, and their logarithm would rule a regression
+
+
+class Agreement(NamedTuple):
+    """How the first n blocks agree with all of them, for n = 0..N.
+
+    Attributes:
+        errors: ``(M, N + 1)`` float32, r_n.
+        cosines: ``(M, N + 1)`` float32, cosine of y_n and y; 0 at width 0 and 1 at width N.
+    """
+
+    errors: torch.Tensor
+    cosines: torch.Tensor
+
+
+@torch.no_grad()
+def relative_errors(
+    hidden: torch.Tensor, down: torch.Tensor, edges: Sequence[int], order: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Relative error of every width, at the cost of one down projection.
+
+    What width n lacks is the sum of the blocks from n on, so the blocks are added up from the last to the first.
+
+    Args:
+        hidden: ``(M, F)``, what goes into the down projection.
+        down: ``(D, F)``, its weight.
+        edges: N + 1 neuron positions.
+        order: ``(F,)`` int64, neurons in the order they are cut in; ``None`` where they are in order already.
+
+    Returns:
+        ``(M, N + 1)`` float32. A token whose full output is zero has r_n = 1 at every width below N.
+    """
+    lacking = hidden.new_zeros((hidden.shape[0], down.shape[0]), dtype=torch.float32)
+    norms = hidden.new_zeros((hidden.shape[0], len(edges)), dtype=torch.float32)
+    for block in reversed(range(len(edges) - 1)):
+        lacking += _block_output(hidden, down, edges, block, order)
+        norms[:, block] = torch.linalg.vector_norm(lacking, dim=-1)
+    return _relative(norms, norms[:, :1])
+
+
+@torch.no_grad()
+def agreements(
+    hidden: torch.Tensor,
+    down: torch.Tensor,
+    edges: Sequence[int],
+    order: torch.Tensor | None = None,
+    full: torch.Tensor | None = None,
+) -> Agreement:
+    """Relative error and cosine of every width, at the cost of two down projections, or one where ``full`` is known.
+
+    Args:
+        hidden: ``(M, F)``.
+        down: ``(D, F)``.
+        edges: N + 1 neuron positions.
+        order: ``(F,)`` int64, or ``None``.
+        full: ``(M, D)``, the output of all blocks without the down bias.
+
+    Returns:
+        Both, float32. A token whose full output is zero has error 1 and cosine 0 below width N.
+    """
+    full = (linear(hidden, down) if full is None else full).float()
+    size = torch.linalg.vector_norm(full, dim=-1, keepdim=True)
+    lacking = torch.zeros_like(full)
+    norms = full.new_zeros((full.shape[0], len(edges)))
+    cosines = torch.ones_like(norms)
+    for block in reversed(range(len(edges) - 1)):
+        lacking += _block_output(hidden, down, edges, block, order)
+        norms[:, block] = torch.linalg.vector_norm(lacking, dim=-1)
+        kept = full - lacking
+        scale = torch.linalg.vector_norm(kept, dim=-1) * size[:, 0]
+        cosines[:, block] = (kept * full).sum(-1) / scale.clamp_min(torch.finfo(torch.float32).tiny)
+    cosines[:, 0] = 0.0
+    return Agreement(_relative(norms, size), cosines.clamp_(-1.0, 1.0))
+
+
+def width_by_error(errors: torch.Tensor, theta: float) -> torch.Tensor:
+    """The smallest width whose relative error is at most 1 - theta: ``(M, N + 1)`` to ``(M,)`` int64."""
+    return (errors <= 1.0 - theta).int().argmax(-1)
+
+
+def width_by_cosine(cosines: torch.Tensor, theta: float) -> torch.Tensor:
+    """The smallest width whose output has a cosine of at least theta: ``(M, N + 1)`` to ``(M,)`` int64."""
+    enough = cosines >= theta
+    enough[..., -1] = True  # the full width agrees by definition, whatever rounding says
+    return enough.int().argmax(-1)
+
+
+def log_errors(errors: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """What a ``curve`` router predicts: the logarithm of the error of every width below the full one.
+
+    Args:
+        errors: ``(M, N + 1)``, r_n.
+        weights: ``(M,)``, what the loss feels of an error (mean 1 over tokens and layers), or ``None`` for 1.
+
+    Returns:
+        ``(M, N)`` float32, log t_n with t_n = r_n times the weight. Column 0 is the logarithm of the weight.
+    """
+    targets = errors[:, :-1].clamp_min(FLOOR).log()
+    return targets if weights is None else targets + weights.clamp_min(FLOOR).log()[:, None]
+
+
+def _block_output(
+    hidden: torch.Tensor, down: torch.Tensor, edges: Sequence[int], block: int, order: torch.Tensor | None
+) -> torch.Tensor:
+    """What one block adds to the output: ``(M, D)``."""
+    span = slice(edges[block], edges[block + 1])
+    neurons = span if order is None else order[span]
+    return linear(hidden[:, neurons], down[:, neurons])
+
+
+def _relative(norms: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+    """``norms`` over ``full`` with exact ends: 1 at width 0, 0 at width N, and 1 in between where ``full`` is zero."""
+    errors = torch.where(full > 0, norms / full, torch.ones_like(norms))
+    errors[:, 0], errors[:, -1] = 1.0, 0.0
+    return errors

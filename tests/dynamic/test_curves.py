@@ -1,0 +1,108 @@
+"""Curves equal their definition computed the slow way, and the labels follow from them."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynaconv.dynamic.curves import (
+    FLOOR,
+    agreements,
+    log_errors,
+    relative_errors,
+    width_by_cosine,
+    width_by_error,
+)
+
+
+def naive(hidden, down, edges, order):
+    """r_n and cosines by their definition, every prefix from scratch, in float64."""
+    hidden, down = hidden.double()[:, order], down.double()[:, order]
+    full = hidden @ down.T
+    prefixes = [hidden[:, :edge] @ down[:, :edge].T for edge in edges]
+    errors = torch.stack([(y - full).norm(dim=-1) / full.norm(dim=-1) for y in prefixes], -1)
+    cosines = torch.stack([torch.cosine_similarity(y, full, dim=-1) for y in prefixes], -1)
+    return errors, cosines
+
+
+@st.composite
+def cases(draw):
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    neurons = draw(st.integers(2, 40))
+    inner = sorted(draw(st.sets(st.integers(1, neurons - 1), max_size=8)))
+    tokens, width = draw(st.integers(1, 9)), draw(st.integers(1, 12))
+    return torch.randn(tokens, neurons), torch.randn(width, neurons), (0, *inner, neurons), torch.randperm(neurons)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_curves_equal_their_definition(case) -> None:
+    hidden, down, edges, order = case
+    errors, cosines = naive(hidden, down, edges, order)
+    found = relative_errors(hidden, down, edges, order)
+    both = agreements(hidden, down, edges, order)
+    assert found.dtype == torch.float32
+    assert torch.equal(found[:, 0], torch.ones(len(hidden)))
+    assert torch.equal(found[:, -1], torch.zeros(len(hidden)))
+    bound = {"rtol": 1e-4, "atol": 1e-4 * float(errors.max())}  # a full output near zero blows rounding up
+    torch.testing.assert_close(found.double(), errors, **bound)
+    torch.testing.assert_close(both.errors.double(), errors, **bound)
+    torch.testing.assert_close(both.cosines[:, -1], torch.ones(len(hidden)))
+    torch.testing.assert_close(both.cosines.double(), cosines, rtol=1e-3, atol=1e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases())
+def test_an_order_is_a_permutation_of_the_neurons(case) -> None:
+    hidden, down, edges, order = case
+    torch.testing.assert_close(
+        relative_errors(hidden, down, edges, order), relative_errors(hidden[:, order], down[:, order], edges)
+    )
+
+
+def test_a_known_full_output_saves_the_second_projection() -> None:
+    hidden, down, edges = torch.randn(5, 12), torch.randn(4, 12), (0, 4, 8, 12)
+    known = agreements(hidden, down, edges, full=hidden @ down.T)
+    for with_it, without in zip(known, agreements(hidden, down, edges), strict=True):
+        torch.testing.assert_close(with_it, without)
+
+
+def test_a_token_without_output_has_a_curve_all_the_same() -> None:
+    hidden, down = torch.zeros(2, 6), torch.randn(3, 6)
+    errors, cosines = agreements(hidden, down, (0, 2, 4, 6))
+    assert errors.tolist() == [[1.0, 1.0, 1.0, 0.0]] * 2
+    assert cosines.tolist() == [[0.0, 0.0, 0.0, 1.0]] * 2
+    assert relative_errors(hidden, down, (0, 2, 4, 6)).tolist() == errors.tolist()
+
+
+def test_classes_are_the_smallest_width_that_agrees() -> None:
+    errors = torch.tensor([[1.0, 0.6, 0.2, 0.0], [1.0, 0.1, 0.3, 0.0], [1.0, 0.9, 0.8, 0.0]])
+    assert width_by_error(errors, 0.8).tolist() == [2, 1, 3]
+    assert width_by_error(errors, 1.0).tolist() == [3, 3, 3]
+    assert width_by_error(errors, 0.0).tolist() == [0, 0, 0]
+    cosines = torch.tensor([[0.0, 0.5, 0.9, 1.0], [0.0, 0.85, 0.7, 1.0], [0.0, 0.1, 0.2, 0.9999999]])
+    assert width_by_cosine(cosines, 0.8).tolist() == [2, 1, 3]
+    assert width_by_cosine(cosines, 1.0).tolist() == [3, 3, 3]
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases())
+def test_asking_for_more_agreement_never_narrows(case) -> None:
+    hidden, down, edges, order = case
+    errors, cosines = agreements(hidden, down, edges, order)
+    for label, curve in ((width_by_error, errors), (width_by_cosine, cosines)):
+        widths = [label(curve, theta) for theta in (0.1, 0.5, 0.8, 0.95, 1.0)]
+        assert all(bool((low <= high).all()) for low, high in pairwise(widths))
+        assert int(widths[-1].max()) <= len(edges) - 1
+
+
+def test_log_errors_are_floored_and_weighted() -> None:
+    errors = torch.tensor([[1.0, 0.5, 1e-9, 0.0]])
+    expected = torch.tensor([[0.0, 0.5, FLOOR]])
+    expected[:, 1:] = expected[:, 1:].log()
+    torch.testing.assert_close(log_errors(errors), expected)
+    weighted = log_errors(errors, torch.tensor([3.0]))
+    torch.testing.assert_close(weighted, expected + torch.tensor(3.0).log())
+    assert float(weighted[0, 0]) == pytest.approx(float(torch.tensor(3.0).log()))
