@@ -16,8 +16,9 @@ from dynaconv.errors import CheckpointError, UnknownArchitectureError, suggest
 @cache
 def known_families() -> dict[str, Family]:
     """Every family, by ``model_type``."""
-    modules = [importlib.import_module(f"{families.__name__}.{m.name}") for m in pkgutil.iter_modules(families.__path__)]
-    return {module.FAMILY.model_type: module.FAMILY for module in modules}
+    names = [module.name for module in pkgutil.iter_modules(families.__path__)]
+    found: list[Family] = [importlib.import_module(f"{families.__name__}.{name}").FAMILY for name in names]
+    return {family.model_type: family for family in found}
 
 
 def family_for(config: Mapping[str, Any]) -> Family:

@@ -1,8 +1,8 @@
 """Architectures as data: every tensor's name and the named axes it spans.
 
-A family file lists :class:`TensorSpec` rows. Each dimension of a tensor is an axis, or a product of axes in memory order:
-the rows of a query projection are ``"q_head*head_dim"``. Everything that checks, cuts or resizes a checkpoint works on
-axes and never on tensor names, so a new architecture is one more table.
+A family file lists :class:`TensorSpec` rows. Each dimension of a tensor is an axis, or a product of axes in memory
+order: the rows of a query projection are ``"q_head*head_dim"``. Everything that checks, cuts or resizes a checkpoint
+works on axes and never on tensor names, so a new architecture is one more table.
 
 Axes: ``vocab`` V, ``residual`` D (the residual stream), ``ffn`` F, ``q_head``, ``kv_head``, ``head_dim``.
 """

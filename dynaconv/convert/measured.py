@@ -1,0 +1,89 @@
+"""What profile measured, read one layer at a time and checked against what is to be carved.
+
+D residual width, F neurons, N blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynaconv.arch.blocks import block_edges
+from dynaconv.arch.checkpoint import Checkpoint
+from dynaconv.artifacts.files import read_json
+from dynaconv.artifacts.tensors import CheckpointReader
+from dynaconv.errors import ArtifactError, StaleArtifactError
+
+SUMMARY_FILE = "statistics.json"
+TENSOR_FILE = "statistics.safetensors"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Statistics of one dense checkpoint. Make one with :meth:`open`.
+
+    Attributes:
+        edges: N + 1 neuron positions that the difficulty curves were measured at.
+        layers: Number of decoder layers, L.
+        reader: The tensors, ``layers.{l}.<what>``.
+    """
+
+    edges: tuple[int, ...]
+    layers: int
+    reader: CheckpointReader
+
+    @classmethod
+    def open(cls, folder: Path, checkpoint: Checkpoint, blocks: int) -> Measured:
+        """Opens the statistics in ``folder``, which must be of ``checkpoint`` cut into ``blocks``.
+
+        Raises:
+            ArtifactError: A file is missing or damaged.
+            StaleArtifactError: They describe another number of blocks, layers or neurons.
+        """
+        summary = read_json(folder / SUMMARY_FILE)
+        edges = block_edges(checkpoint.sizes["ffn"], blocks)
+        _compare(summary, {"blocks": blocks, "layers": checkpoint.layers, "edges": list(edges)}, folder)
+        return cls(edges, checkpoint.layers, CheckpointReader.of_file(folder / TENSOR_FILE))
+
+    def order(self, layer: int) -> Tensor:
+        """(F,) int64: the neuron that comes first, second, ...
+
+        Raises:
+            ArtifactError: It is not a permutation, so neurons would be lost or doubled.
+        """
+        order = self.reader.read(f"layers.{layer}.order")
+        neurons = torch.arange(self.edges[-1])
+        if order.dtype != torch.int64 or not torch.equal(order.sort().values, neurons):
+            raise ArtifactError(
+                f"the order of layer {layer} is not a permutation of its neurons",
+                where=self.reader.info(f"layers.{layer}.order").file,
+                expected=f"each of 0 to {self.edges[-1] - 1} once",
+                hint="profile again",
+            )
+        return order
+
+    def importance(self, layer: int) -> Tensor:
+        """(F,) fp32, in the dense checkpoint's order of neurons."""
+        return self.reader.read(f"layers.{layer}.importance")
+
+    def sums(self, layer: int) -> tuple[Tensor, Tensor]:
+        """``feature_gram`` (D + 1, D + 1) and ``feature_target`` (D + 1, N), as :func:`solve_ridge` takes them."""
+        return self.reader.read(f"layers.{layer}.feature_gram"), self.reader.read(f"layers.{layer}.feature_target")
+
+
+def _compare(summary: Any, expected: Mapping[str, Any], folder: Path) -> None:
+    found = {field: summary.get(field) if isinstance(summary, dict) else None for field in expected}
+    differing = [field for field in expected if found[field] != expected[field]]
+    if differing:
+        raise StaleArtifactError(
+            "the statistics were measured on something else than what is to be carved",
+            where=folder / SUMMARY_FILE,
+            expected=", ".join(f"{field} {expected[field]}" for field in differing),
+            found=", ".join(f"{field} {found[field]}" for field in differing),
+            hint="run profile again for these blocks: --redo profile",
+        )

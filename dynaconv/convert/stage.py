@@ -1,0 +1,126 @@
+"""carve: puts the neurons of each FFN in order, cuts them into blocks, and solves routers without training.
+
+What comes out is the parent with its neurons permuted: the same config.json, the same tensor names, the same function.
+Blocks and routers lie beside it (dynaconv.json, dynaconv.safetensors). D residual width, F neurons, N blocks.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynaconv.arch.blocks import block_edges
+from dynaconv.arch.checkpoint import CONFIG_FILE, Checkpoint, copy_side_files, side_files
+from dynaconv.arch.surgery import Take, transform, transform_peak_bytes
+from dynaconv.artifacts.files import size_text, storage_errors
+from dynaconv.artifacts.tensors import write_tensors
+from dynaconv.config import RunConfig
+from dynaconv.convert.measured import Measured
+from dynaconv.convert.ridge import ridge_peak_bytes, solve_ridge
+from dynaconv.dynamic.layout import ROUTER_FILE, FFNLayout, Layout, RouterLayout
+from dynaconv.pipeline.stage import Estimate, Stage, StageContext
+
+
+class CarveStage(Stage):
+    """Dense checkpoint and statistics in, dynamic checkpoint out. Exact at full dial; nothing is trained."""
+
+    name = "carve"
+    consumes = ("dense", "statistics")
+    produces = "dynamic"
+    sections = ("blocks", "carve")
+    unfingerprinted = ()
+
+    def estimate(self, config: RunConfig, source: Path) -> Estimate:
+        """Peak memory and disk, from the headers of the checkpoint.
+
+        Raises:
+            CheckpointError: ``source`` is not a checkpoint that can be carved.
+            ConfigError: ``blocks`` does not fit its FFNs.
+        """
+        checkpoint = Checkpoint.open(source)
+        edges = block_edges(checkpoint.sizes["ffn"], config.blocks)
+        residual, layers = checkpoint.sizes["residual"], checkpoint.layers
+        routers = 4 * layers * config.blocks * (residual + 1)
+        orders = 8 * layers * checkpoint.sizes["ffn"]
+        solving = ridge_peak_bytes(residual, config.blocks)
+        weights = sum(checkpoint.reader.tensors[name].nbytes for name in checkpoint.slots)
+        sides = sum(path.stat().st_size for path in side_files(source))
+        sizes = sorted({stop - start for start, stop in pairwise(edges)})
+        width = " or ".join(map(str, sizes))
+        return Estimate(
+            peak_bytes=routers + orders + max(solving, transform_peak_bytes(checkpoint, {"ffn"})),
+            disk_bytes=weights + routers + sides,
+            flops=layers * residual**3 / 3,
+            notes=(f"{layers} FFNs of {edges[-1]} neurons in {config.blocks} blocks of {width}",),
+        )
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """Writes the carved checkpoint; returns the blocks, the neurons moved and the importance of the first half.
+
+        Raises:
+            CheckpointError: The checkpoint is damaged or not supported, or a weight is NaN or infinite.
+            StaleArtifactError: The statistics are not of this checkpoint or these blocks.
+            ArtifactError: The statistics are damaged, or the folder cannot be written.
+        """
+        checkpoint = Checkpoint.open(context.inputs["dense"])
+        measured = Measured.open(context.inputs["statistics"], checkpoint, context.config.blocks)
+        orders = {layer: measured.order(layer) for layer in range(checkpoint.layers)}
+        routers = _solve_routers(measured, context)
+        _stream_weights(checkpoint, orders, context)
+        with storage_errors(context.folder):
+            shutil.copyfile(checkpoint.folder / CONFIG_FILE, context.folder / CONFIG_FILE)
+            copy_side_files(checkpoint.folder, context.folder)
+            write_tensors(context.folder / ROUTER_FILE, routers)
+            ffn = FFNLayout(**asdict(checkpoint.family.ffn))
+            router = RouterLayout(kind=context.config.carve.router, linear=True, rank=0)
+            Layout(measured.edges, checkpoint.layers, ffn, router).save(context.folder)
+        return _metrics(measured, orders)
+
+
+def _solve_routers(measured: Measured, context: StageContext) -> dict[str, Tensor]:
+    """Weights (N, D) and biases (N,) of every layer's router, fp32, by the names dynaconv.safetensors uses."""
+    routers: dict[str, Tensor] = {}
+    with context.progress.task("routers", total=measured.layers, unit="layers") as task:
+        for layer in range(measured.layers):
+            weight, bias = solve_ridge(*measured.sums(layer), context.config.carve.ridge)
+            routers[f"layers.{layer}.router.linear.weight"] = weight.float()
+            routers[f"layers.{layer}.router.linear.bias"] = bias.float()
+            task.advance(1)
+    return routers
+
+
+def _stream_weights(checkpoint: Checkpoint, orders: dict[int, Tensor], context: StageContext) -> None:
+    """The parent's weights into the staging folder, their FFN neurons in the new order."""
+    total = sum(checkpoint.reader.tensors[name].nbytes for name in checkpoint.slots)
+    context.log.info("writing %s of weights", size_text(total))
+    with context.progress.task("carve", total=len(checkpoint.slots), unit="tensors") as task:
+        transform(
+            checkpoint,
+            [Take("ffn", orders)],
+            context.folder,
+            shard_bytes=context.config.carve.shard_bytes,
+            advance=lambda info: task.advance(1, note=info.name),
+        )
+
+
+def _metrics(measured: Measured, orders: dict[int, Tensor]) -> dict[str, Any]:
+    """What the manifest says of a carved checkpoint."""
+    neurons, half = measured.edges[-1], measured.edges[(len(measured.edges) - 1) // 2]
+    moved, shares = 0, []
+    for layer, order in orders.items():
+        moved += int((order != torch.arange(neurons)).sum())
+        ordered = measured.importance(layer)[order].double()
+        shares.append(float(ordered[:half].sum() / ordered.sum().clamp_min(torch.finfo(torch.float64).tiny)))
+    return {
+        "layers": measured.layers,
+        "blocks": len(measured.edges) - 1,
+        "edges": list(measured.edges),
+        "neurons_moved": moved,
+        "importance_of_first_half": sum(shares) / len(shares),
+    }

@@ -1,0 +1,130 @@
+"""A carved checkpoint is the parent: stock transformers loads it whole, its logits agree, and no neuron is lost.
+
+Every family, tied and untied, MHA, GQA and MQA, odd FFN sizes, biases, head_dim apart from hidden / heads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_statistics import fake_statistics
+from torch import Tensor
+
+from dynaconv.artifacts.tensors import CheckpointReader, read_tensors
+from dynaconv.config import CarveConfig, RunConfig
+from dynaconv.convert.stage import CarveStage
+from dynaconv.dynamic.layout import Layout
+from dynaconv.pipeline.stage import StageContext
+from dynaconv.progress import Progress
+
+BLOCKS = 5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One parent. ``extra`` goes to the transformers config."""
+
+    family: str
+    kv_heads: int = 2
+    ffn: int = 96
+    head_dim: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        heads = {4: "mha", 2: "gqa", 1: "mqa"}[self.kv_heads]
+        return "-".join([self.family, heads, f"ffn{self.ffn}", f"dim{self.head_dim}", *self.extra])
+
+
+SHAPES = [
+    Shape("llama", 4, 96),
+    Shape("llama", 2, 67, None, {"attention_bias": True, "mlp_bias": True}),
+    Shape("llama", 1, 131, 24, {"mlp_bias": True}),
+    Shape("mistral", 4, 97, 20),
+    Shape("mistral", 2, 80, None, {"sliding_window": None}),
+    Shape("mistral", 1, 5, 8),
+    Shape("qwen2", 4, 641),
+    Shape("qwen2", 2, 96),
+    Shape("qwen2", 1, 33),
+    Shape("qwen3", 4, 96, 12, {"attention_bias": True}),
+    Shape("qwen3", 2, 99, 32),
+    Shape("qwen3", 1, 17, 16),
+]
+
+
+def carve(tmp_path: Path, dense: Path) -> Path:
+    folder, work = tmp_path / "carved", tmp_path / "work"
+    folder.mkdir(parents=True)
+    work.mkdir()
+    inputs = {"dense": dense, "statistics": fake_statistics(tmp_path / "statistics", dense, blocks=BLOCKS)}
+    config = RunConfig(blocks=BLOCKS, carve=CarveConfig(shard_bytes=150_000))
+    progress = Progress(quiet=True)
+    CarveStage().run(StageContext(config, inputs, folder, work, progress, logging.getLogger("test")))
+    return folder
+
+
+def neurons(reader: CheckpointReader, layer: int) -> Tensor:
+    """Each neuron as one row (F, 3D + 2): its rows of gate and up, its column of down, and its biases."""
+    path = f"model.layers.{layer}.mlp"
+    gate, up, down = (reader.read(f"{path}.{name}_proj.weight") for name in ("gate", "up", "down"))
+    biases = [
+        reader.read(name) for name in (f"{path}.gate_proj.bias", f"{path}.up_proj.bias") if name in reader.tensors
+    ]
+    return torch.cat([gate, up, down.T, *(bias[:, None] for bias in biases)], dim=1)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_carved_is_the_parent(tmp_path: Path, tiny_checkpoint: Callable[..., Path], shape: Shape, tied: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    settings = {"kv_heads": shape.kv_heads, "ffn": shape.ffn, "head_dim": shape.head_dim, "tied": tied}
+    dense = tiny_checkpoint(shape.family, **settings, **shape.extra)
+    folder = carve(tmp_path, dense)
+
+    tokens = torch.randint(0, 257, (2, 40), generator=torch.Generator().manual_seed(1))
+    parent = AutoModelForCausalLM.from_pretrained(dense)
+    carved, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), loading
+    assert type(carved) is type(parent)
+    assert (carved.get_output_embeddings().weight is carved.get_input_embeddings().weight) is tied
+    with torch.no_grad():
+        expected, found = parent(tokens).logits, carved(tokens).logits
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+    before, after = CheckpointReader(dense), CheckpointReader(folder)
+    orders = read_tensors(tmp_path / "statistics" / "statistics.safetensors")
+    for layer in range(2):
+        old, new, order = neurons(before, layer), neurons(after, layer), orders[f"layers.{layer}.order"]
+        assert torch.equal(new, old[order]) and not torch.equal(new, old)
+        lost_none = sorted(map(tuple, new.tolist())) == sorted(map(tuple, old.tolist()))
+        assert lost_none and len(set(map(tuple, new.tolist()))) == shape.ffn
+    edges = Layout.load(folder).edges
+    cover = itertools.chain.from_iterable(range(start, stop) for start, stop in pairwise(edges))
+    assert list(cover) == list(range(shape.ffn)) and len(edges) == BLOCKS + 1
+
+
+def test_everything_but_the_ffns_keeps_its_bytes(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
+    dense = tiny_checkpoint("qwen3", dtype=torch.bfloat16)
+    folder = carve(tmp_path, dense)
+    before, after = CheckpointReader(dense), CheckpointReader(folder)
+    assert set(before.tensors) == set(after.tensors)
+    for name in before.tensors:
+        assert before.tensors[name].dtype == after.tensors[name].dtype == torch.bfloat16
+        if ".mlp." not in name:
+            assert torch.equal(before.read(name), after.read(name)), name
+
+
+def test_carving_twice_gives_the_same_bytes(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
+    dense = tiny_checkpoint("llama")
+    first, second = carve(tmp_path / "first", dense), carve(tmp_path / "second", dense)
+    names = sorted(path.name for path in first.iterdir())
+    assert names == sorted(path.name for path in second.iterdir())
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
