@@ -41,6 +41,13 @@ class Batch:
         """Tokens that are not padding."""
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
+    @property
+    def predicted(self) -> Tensor:
+        """(B, T - 1) bool: positions whose next token is real, and so is scored."""
+        if self.attention_mask is None:
+            return torch.ones_like(self.input_ids[:, 1:], dtype=torch.bool)
+        return self.attention_mask[:, 1:] & self.attention_mask[:, :-1]
+
     def rows(self, start: int, stop: int) -> Batch:
         """Windows ``[start, stop)`` of the batch: a micro-batch, or one process's share."""
         mask = None if self.attention_mask is None else self.attention_mask[start:stop]

@@ -20,7 +20,7 @@ from dynaconv.dynamic.policy import Full, Policy, Uniform
 from dynaconv.dynamic.router import solve_level
 from dynaconv.errors import QualityError
 from dynaconv.train.engine import Engine
-from dynaconv.train.losses import cross_entropy, distillation, next_token_mask
+from dynaconv.train.losses import cross_entropy, distillation
 from dynaconv.train.routing import Gated, Labelled, Scored, spent_share
 from dynaconv.train.sampler import Draw, draw, rate
 
@@ -64,7 +64,7 @@ class Trainer:
         chosen = draw(self.config, self.seed, step, self.steps)
         batch = training_batch(self.windows, step, self.config.batch_size, self.seed)
         totals: dict[str, float] = {}
-        parts = _split(batch, self.config.accumulation, self.engine.device)
+        parts = [part.to(self.engine.device) for part in batch.split(self.config.accumulation)]
         for part in parts:
             for name, value in self._micro(part, chosen, len(parts)).items():
                 totals[name] = totals.get(name, 0.0) + value / len(parts)
@@ -86,7 +86,7 @@ class Trainer:
         """Both passes of one micro-batch, gradients accumulated."""
         full_weight = self.config.full_weight / parts
         dial_weight = (1 - self.config.full_weight) / parts
-        mask = next_token_mask(batch.attention_mask, batch.input_ids)
+        mask = batch.predicted
         scored: Scored | Full = Scored() if chosen.routed else Full()
         full_logits = self._logits(self.engine.model, batch, scored)
         full_loss = cross_entropy(full_logits, batch.input_ids, mask)
@@ -128,9 +128,3 @@ class Trainer:
     def _parent_logits(self, batch: Batch) -> Tensor:
         with torch.no_grad():
             return self._logits(self.parent, batch, Full())
-
-
-def _split(batch: Batch, parts: int, device: torch.device) -> list[Batch]:
-    masks = batch.attention_mask.chunk(parts) if batch.attention_mask is not None else [None] * parts
-    pairs = zip(batch.input_ids.chunk(parts), masks, strict=True)
-    return [Batch(ids.to(device), None if mask is None else mask.to(device)) for ids, mask in pairs]

@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional
-
-
-def next_token_mask(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor:
-    """(B, T - 1) bool: positions whose next token is real."""
-    if attention_mask is None:
-        return torch.ones_like(input_ids[:, 1:], dtype=torch.bool)
-    return attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
 
 
 def cross_entropy(logits: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:

@@ -7,11 +7,14 @@ import shutil
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynaconv.artifacts.files import require_space
 from dynaconv.config import FinetuneConfig, RunConfig
 from dynaconv.pipeline.stage import Estimate, Stage, StageContext
+
+if TYPE_CHECKING:
+    from dynaconv.data.windows import Windows
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -70,7 +73,8 @@ class FinetuneStage(Stage):
         engine = TorchEngine(model, tuning, device)
         require_space(context.work, 2 * 12 * sum(p.numel() for p in model.parameters()))
         parent = frozen_parent(context.inputs["dense"], device) if tuning.teacher == "parent" else None
-        trainer = Trainer(engine, tuning, training_windows(context), _steps(tuning, config), config.seed, parent)
+        windows = training_windows(context, model.config.vocab_size, model.config.max_position_embeddings)
+        trainer = Trainer(engine, tuning, windows, _steps(tuning, config), config.seed, parent)
         start = load_state(context.work, engine)
         trainer.drift = start.drift
         if start.step:
@@ -111,16 +115,22 @@ def _steps(tuning: FinetuneConfig, config: RunConfig) -> int:
     return max(1, math.floor(tuning.tokens / (tuning.batch_size * config.data.sequence_length)))
 
 
-def training_windows(context: StageContext) -> Any:
+def training_windows(context: StageContext, vocabulary: int, max_positions: int) -> Windows:
     """Windows of the training split, as many tokens as the run wants or the text has."""
     from dynaconv.data.corpus import load_corpus
     from dynaconv.data.tokenizer import load_tokenizer
-    from dynaconv.data.windows import Windows
 
-    tuning, data = context.config.finetune, context.config.data
-    tokenizer = load_tokenizer(context.inputs["dynamic"])
-    corpus = load_corpus(data, tokenizer, train_tokens=tuning.tokens, validation_tokens=0)
-    return Windows(corpus.train, data.sequence_length)
+    corpus = load_corpus(
+        context.config.data,
+        load_tokenizer(context.inputs["dynamic"]),
+        train_tokens=context.config.finetune.tokens,
+        validation_tokens=0,
+        max_positions=max_positions,
+        vocabulary=vocabulary,
+        accept_less=True,
+        say=context.progress.say,
+    )
+    return corpus.train
 
 
 def routed_model(folder: Path, tuning: FinetuneConfig) -> Any:
