@@ -1,0 +1,94 @@
+"""Batches are a pure function of the step, use every window once an epoch, and mask what is padded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynaconv.data.windows import IGNORED, Batch, PaddedWindows, Windows, evaluation_batches, training_batch
+
+LENGTH = 8
+
+
+def stream(tokens: int) -> Windows:
+    """Token i at position i."""
+    return Windows(torch.arange(tokens, dtype=torch.int32), LENGTH)
+
+
+@given(tokens=st.integers(LENGTH, 200), batch_size=st.integers(1, 9), seed=st.integers(0, 5))
+@settings(max_examples=50, deadline=None)
+def test_an_epoch_uses_every_window_once(tokens: int, batch_size: int, seed: int) -> None:
+    windows = stream(tokens)
+    steps = -(-3 * len(windows) // batch_size)
+    rows = torch.cat([training_batch(windows, step, batch_size, seed).input_ids for step in range(steps)])
+    assert torch.equal((rows[:, 1:] - rows[:, :-1]) % tokens, torch.ones(len(rows), LENGTH - 1, dtype=torch.int64))
+    for epoch in range(3):
+        seen = rows[epoch * len(windows) : (epoch + 1) * len(windows)].flatten()
+        assert len(seen.unique()) == len(windows) * LENGTH
+        if tokens % LENGTH == 0:
+            assert sorted(seen.tolist()) == list(range(tokens))
+
+
+def test_a_step_depends_on_nothing_but_itself() -> None:
+    windows = stream(1000)
+    alone = training_batch(windows, 37, 4, seed=1).input_ids
+    for step in range(40):
+        batch = training_batch(windows, step, 4, seed=1).input_ids
+        assert torch.equal(batch, alone) == (step == 37)
+    assert not torch.equal(training_batch(windows, 37, 4, seed=2).input_ids, alone)
+
+
+def test_torchs_random_state_is_neither_read_nor_changed() -> None:
+    torch.manual_seed(0)
+    first = training_batch(stream(997), 5, 4, seed=9).input_ids
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    assert torch.equal(training_batch(stream(997), 5, 4, seed=9).input_ids, first)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_epochs_differ_in_order_and_offset() -> None:
+    windows = stream(80)
+    starts = [training_batch(windows, epoch, 10, seed=0).input_ids[:, 0] for epoch in range(5)]
+    assert len({tuple(s.tolist()) for s in starts}) == 5
+    assert len({int(s[0]) % LENGTH for s in starts}) > 1
+
+
+def test_evaluation_takes_each_window_once_from_a_fixed_choice() -> None:
+    windows = stream(LENGTH * 20 + 3)
+    rows = torch.cat([batch.input_ids for batch in evaluation_batches(windows, 3)])
+    assert sorted(rows.flatten().tolist()) == list(range(LENGTH * 20))
+    some = torch.cat([batch.input_ids for batch in evaluation_batches(windows, 7, limit_tokens=5 * LENGTH)])
+    rest = torch.cat([batch.input_ids for batch in evaluation_batches(windows, 7, skip_tokens=5 * LENGTH)])
+    assert torch.equal(some, rows[:5])
+    assert torch.equal(rest, rows[5:])
+    other = next(evaluation_batches(windows, 20, seed=1)).input_ids
+    assert not torch.equal(other, rows)
+
+
+def test_padding_is_masked_and_left_out_of_the_labels() -> None:
+    documents = [torch.arange(1, n + 1, dtype=torch.int32) for n in (3, LENGTH, LENGTH + 4)]
+    windows = PaddedWindows(documents, LENGTH, padding=0)
+    batch = windows.take([0, 1, 2])
+    assert batch.attention_mask is not None
+    assert batch.attention_mask.sum(1).tolist() == [3, LENGTH, LENGTH]
+    assert batch.labels[0].tolist() == [1, 2, 3, *[IGNORED] * (LENGTH - 3)]
+    assert torch.equal(batch.labels[1:], batch.input_ids[1:])
+    assert batch.tokens == windows.total_tokens == 3 + 2 * LENGTH
+    assert windows.take([1, 2]).attention_mask is None
+    epoch = torch.cat([training_batch(windows, step, 1, seed=0).input_ids for step in range(3)])
+    assert sorted(epoch.tolist()) == sorted(batch.input_ids.tolist())
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5, 9])
+def test_micro_batches_cover_the_batch(parts: int) -> None:
+    ids = torch.arange(5 * LENGTH).view(5, LENGTH)
+    mask = torch.rand(5, LENGTH) > 0.3
+    micro = Batch(ids, mask).split(parts)
+    assert len(micro) == min(parts, 5)
+    assert torch.equal(torch.cat([part.input_ids for part in micro]), ids)
+    assert torch.equal(torch.cat([part.attention_mask for part in micro if part.attention_mask is not None]), mask)
+    sizes = [len(part.input_ids) for part in micro]
+    assert max(sizes) - min(sizes) <= 1
