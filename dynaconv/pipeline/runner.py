@@ -1,0 +1,227 @@
+"""Runs a recipe's stages on a run folder: keeps what is still right, makes the rest, loses nothing.
+
+Before anything runs, every recorded result is compared with what is asked for (settings, inputs, contents of files),
+so a stale or damaged one shows now and not after hours.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from dynaconv.artifacts.files import size_text, storage_errors
+from dynaconv.artifacts.fingerprint import HEX_SHOWN, fingerprint
+from dynaconv.artifacts.manifest import StageRecord
+from dynaconv.artifacts.run import Run
+from dynaconv.artifacts.source import digest, resolve
+from dynaconv.config import RunConfig
+from dynaconv.errors import ArtifactError, ConfigError, StaleArtifactError
+from dynaconv.memory import peak_rss_bytes, reset_peak
+from dynaconv.pipeline.lineage import SOURCE, SOURCE_FIELD, Link, chain
+from dynaconv.pipeline.log import stage_log
+from dynaconv.pipeline.plan import checked_stages, data_digest
+from dynaconv.pipeline.recipe import recipe_text, settled
+from dynaconv.pipeline.stage import Stage, StageContext
+from dynaconv.pipeline.state import KEEP, STALE, judge, judge_all, refuse
+from dynaconv.pipeline.status import status
+from dynaconv.pipeline.versions import versions
+from dynaconv.progress import Progress
+
+__all__ = ["Outcome", "run_pipeline", "run_stage", "status"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one stage: ``made`` now, or kept from before."""
+
+    name: str
+    made: bool
+    folder: Path
+    record: StageRecord
+
+
+def run_pipeline(
+    config: RunConfig, run: Run, *, until: str | None = None, redo: str | None = None, progress: Progress
+) -> list[Outcome]:
+    """Brings ``run`` to where ``config`` wants it.
+
+    Args:
+        config: The resolved recipe.
+        run: The run.
+        until: Last stage to run.
+        redo: First stage to make again, with everything after it.
+        progress: The display.
+
+    Raises:
+        ConfigError: Lists every mistake in the recipe.
+        LockedRunError: Another process works on this run.
+        StaleArtifactError: A result was made from something else; names the fields and what to redo.
+        ArtifactError: A result is damaged; the disk is full or read-only.
+        DynaconvError: Whatever a stage raises. The run is then as it was, and resumable state is kept.
+    """
+    stages, mistakes = checked_stages(config, until, redo)
+    if mistakes:
+        raise ConfigError.from_problems(mistakes)
+    last = len(stages) if until is None else config.stages.index(until) + 1
+    with run.lock() as recovered:
+        _say_all(progress, recovered)
+        config, source, links = _prepare(config, stages)
+        states = judge_all(links[:last], run, full=True, redo=redo)
+        refuse(states, run)
+        maker = _Maker(config, run, source, progress, len(stages))
+        if not run.recipe.exists():
+            run.write_recipe(maker.recipe)
+        outcomes = []
+        for state in states:
+            if state.action == KEEP and state.record is not None:
+                progress.say(f"{state.link.position}/{len(stages)} {state.link.name}  kept: {state.reasons[0]}")
+                outcomes.append(Outcome(state.link.name, False, run.folder(state.record), state.record))
+                continue
+            after = () if redo is None else tuple(config.stages[state.link.position :])
+            outcomes.append(maker.make(state.link, superseded=after))
+        run.write_recipe(maker.recipe)
+        return outcomes
+
+
+def run_stage(config: RunConfig, run: Run, name: str, *, redo: bool = False, progress: Progress) -> Outcome:
+    """Runs one stage of ``run`` with ``config``, on results that are already there. What comes after it turns stale.
+
+    Args:
+        config: The run's recipe with what is to be changed.
+        run: The run.
+        name: The stage.
+        redo: Make it again though nothing changed; what came of it is then made again by the next ``convert``.
+        progress: The display.
+
+    Raises:
+        ConfigError: Lists every mistake in the recipe, or the run's recipe has no such stage.
+        StaleArtifactError: What the stage consumes was made with other settings.
+        ArtifactError: What the stage consumes is missing or damaged; the disk is full or read-only.
+    """
+    stages, mistakes = checked_stages(config, redo=name)
+    if mistakes:
+        raise ConfigError.from_problems(mistakes)
+    with run.lock() as recovered:
+        _say_all(progress, recovered)
+        config, source, links = _prepare(config, stages)
+        link = next(link for link in links if link.name == name)
+        for other in links:
+            if other.name in link.inputs.values():
+                _require(other, link, run)
+        maker = _Maker(config, run, source, progress, len(stages))
+        state = judge(link, run, full=True, redo=redo)
+        if state.action == KEEP and state.record is not None:
+            progress.say(f"{name}  kept: {state.reasons[0]}")
+            outcome = Outcome(name, False, run.folder(state.record), state.record)
+        else:
+            after = tuple(config.stages[link.position :]) if redo else ()
+            outcome = maker.make(link, superseded=after)
+        run.write_recipe(maker.recipe)
+        return outcome
+
+
+def _prepare(config: RunConfig, stages: Sequence[Stage]) -> tuple[RunConfig, Path, list[Link]]:
+    """The recipe with a source that holds from any folder, where the source is, and the chain of fingerprints."""
+    source = resolve(config.source)
+    text = data_digest(config) if any("data" in stage.sections for stage in stages) else ""
+    return settled(config), source, chain(config, stages, digest(source), text)
+
+
+def _require(needed: Link, link: Link, run: Run) -> None:
+    """Stops unless the result of ``needed``, which ``link`` consumes, is there, right and intact."""
+    state = judge(needed, run, full=True)
+    if state.action == KEEP:
+        return
+    hint = f"`dynaconv {needed.name} {run.path}` first"
+    where = run.path if state.record is None else run.folder(state.record)
+    if state.action == STALE:
+        found = "changed (then -> now)" + "".join(f"\n    {reason}" for reason in state.reasons)
+        what = f"{link.name} needs what {needed.name} makes, and that was made from something else"
+        raise StaleArtifactError(what, where=where, found=found, hint=hint)
+    what = f"{link.name} needs what {needed.name} makes"
+    raise ArtifactError(what, where=where, expected=f"a finished {needed.slot}", found=state.reasons[0], hint=hint)
+
+
+@dataclass
+class _Maker:
+    """Runs single stages of one recipe on one run, and publishes what they make."""
+
+    config: RunConfig
+    run: Run
+    source: Path
+    progress: Progress
+    count: int
+
+    @property
+    def recipe(self) -> str:
+        """Text of ``recipe.yaml``."""
+        return recipe_text(self.config)
+
+    def make(self, link: Link, superseded: Sequence[str] = ()) -> Outcome:
+        """Runs the stage and publishes its result; ``superseded`` names stages whose results no longer count then."""
+        run, name = self.run, link.name
+        with (
+            storage_errors(run.path),
+            stage_log(run.logs / f"{name}.log", self.progress) as log,
+            self.progress.in_stage(name, link.position, self.count),
+        ):
+            log.info("%s begins, fingerprint %s", name, link.fingerprint[:HEX_SHOWN])
+            try:
+                record = self._run(link, log)
+                run.write_recipe(self.recipe)
+                run.publish(record, superseded)
+            except BaseException:
+                log.info("%s did not finish", name, exc_info=True)
+                run.discard_staging(link.slot)
+                raise
+            took = f"{record.seconds:.1f} s, peak memory {size_text(record.peak_rss_bytes)}"
+            self.progress.say(f"{link.position}/{self.count} {name}  made {link.slot}: {took}")
+        return Outcome(name, True, run.folder(record), record)
+
+    def _run(self, link: Link, log: logging.Logger) -> StageRecord:
+        """Runs the stage into its staging folder."""
+        inputs = {kind: self._folder(maker) for kind, maker in link.inputs.items()}
+        work = self.run.work(link.slot, link.fingerprint)
+        staging = self.run.new_staging(link.slot)
+        started, began = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+        reset_peak()
+        metrics = link.stage.run(StageContext(self.config, inputs, staging, work, self.progress, log))
+        consumed = {kind: self._consumed(link, maker) for kind, maker in link.inputs.items()}
+        return StageRecord(
+            id=f"{link.name}-{link.fingerprint[:HEX_SHOWN]}",
+            parents=tuple(identity["id"] for identity in consumed.values()),
+            stage=link.name,
+            folder=link.slot,
+            fingerprint=link.fingerprint,
+            fingerprint_fields=dict(link.fields),
+            config=dict(link.config),
+            inputs=consumed,
+            outputs=self.run.outputs(link.slot),
+            metrics=metrics,
+            versions=versions(),
+            started=started,
+            seconds=round(time.monotonic() - began, 3),
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+
+    def _folder(self, maker: str) -> Path:
+        record = self.run.manifest.record(maker)
+        return self.source if record is None else self.run.folder(record)
+
+    def _consumed(self, link: Link, maker: str) -> dict[str, str]:
+        """Id, fingerprint and hash of the content of what ``maker`` made."""
+        record = self.run.manifest.record(maker)
+        if record is None:
+            content = str(link.fields[SOURCE_FIELD]).removeprefix(f"{SOURCE}:")
+            return {"id": f"{SOURCE}-{content[:HEX_SHOWN]}", "fingerprint": content, "content": content}
+        content = fingerprint({output.path: output.sha256 for output in record.outputs})
+        return {"id": record.id, "fingerprint": record.fingerprint, "content": content}
+
+
+def _say_all(progress: Progress, lines: Sequence[str]) -> None:
+    for line in lines:
+        progress.say(line)

@@ -1,0 +1,64 @@
+"""What a run holds, without reading weights or text."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from dynaconv import recipes
+from dynaconv.artifacts.manifest import Manifest
+from dynaconv.artifacts.run import Run
+from dynaconv.pipeline import registry
+from dynaconv.pipeline.lineage import DATA_FIELD, SOURCE, Link, chain, order_problems
+from dynaconv.pipeline.state import DAMAGED, KEEP, MAKE, STALE, judge
+
+DONE, PENDING, INTERRUPTED = "done", "pending", "interrupted"
+
+
+def status(run: Run) -> dict[str, Any]:
+    """Every stage of the run's recipe: ``done``, ``stale``, ``pending``, ``damaged`` or ``interrupted``.
+
+    The source and the text are taken to be what they were; files are compared by size. ``dynaconv convert`` compares
+    everything.
+
+    Raises:
+        ConfigError: ``recipe.yaml`` was changed and is wrong.
+    """
+    if not run.recipe.is_file():
+        return {"stages": [], "locked_by": run.locked_by()}
+    config = recipes.draft_of(run.recipe).checked()
+    stages = [registry.load(name) for name in config.stages]
+    source, text = _recorded(run.manifest)
+    links = chain(config, stages, source, text) if not order_problems(stages) else []
+    return {"stages": [_row(link, run) for link in links], "locked_by": run.locked_by()}
+
+
+def _recorded(manifest: Manifest) -> tuple[str, str]:
+    """Digests of the source and of the text, from the first stages that recorded them."""
+    fields = [record.fingerprint_fields for record in manifest.stages]
+    sources = [value for values in fields for name, value in values.items() if name.startswith("inputs.")]
+    source = next((value.removeprefix(f"{SOURCE}:") for value in sources if value.startswith(f"{SOURCE}:")), "")
+    return source, next((str(values[DATA_FIELD]) for values in fields if DATA_FIELD in values), "")
+
+
+def _row(link: Link, run: Run) -> dict[str, Any]:
+    state = judge(link, run, full=False)
+    record = state.record
+    named = {KEEP: DONE, STALE: STALE, DAMAGED: DAMAGED, MAKE: PENDING if record is None else STALE}[state.action]
+    if named in (PENDING, STALE) and run.was_interrupted(link.slot):
+        named = INTERRUPTED
+    return {
+        "name": link.name,
+        "status": named,
+        "fingerprint": None if record is None else record.fingerprint,
+        "outputs": [] if record is None else _outputs(record.folder, asdict(record)["outputs"]),
+        "metrics": {} if record is None else record.metrics,
+        "seconds": None if record is None else record.seconds,
+        "peak_rss_bytes": None if record is None else record.peak_rss_bytes,
+        "reasons": [] if named == DONE else list(state.reasons),
+    }
+
+
+def _outputs(folder: str, outputs: tuple[dict[str, Any], ...]) -> list[dict[str, Any]]:
+    """Outputs with paths within the run."""
+    return [{**output, "path": f"{folder}/{output['path']}"} for output in outputs]
