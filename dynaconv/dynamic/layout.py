@@ -95,6 +95,10 @@ class Layout:
         """Number of blocks, N."""
         return len(self.edges) - 1
 
+    def width_within(self, budget: float) -> int:
+        """The largest width that uses at most the share ``budget`` of the neurons."""
+        return max(n for n, edge in enumerate(self.edges) if edge <= budget * self.edges[-1] + 1e-9)
+
     def save(self, folder: Path) -> None:
         """Writes ``dynaconv.json`` into ``folder``."""
         text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, sort_keys=True)

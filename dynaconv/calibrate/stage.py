@@ -1,0 +1,126 @@
+"""The ``calibrate`` stage: thresholds for a grid of budgets, and the measured frontier."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dynaconv.artifacts.files import write_json
+from dynaconv.config import RunConfig
+from dynaconv.pipeline.stage import Estimate, Stage, StageContext
+
+
+class CalibrateStage(Stage):
+    """Solves and measures the dial on text that was never trained on."""
+
+    name = "calibrate"
+    consumes = ("dense", "dynamic")
+    produces = "dials"
+    sections = ("seed", "data", "calibrate")
+
+    def problems(self, config: RunConfig) -> list[str]:
+        """Too little text for one window each to solve and to score on."""
+        found, length = [], config.data.sequence_length
+        for name in ("tokens", "score_tokens"):
+            value = getattr(config.calibrate, name)
+            if value < length:
+                found.append(f"calibrate.{name}: {value} is less than one window of {length} tokens")
+        return found
+
+    def estimate(self, config: RunConfig, source: Path) -> Estimate:
+        """Parent and dynamic model side by side, and the logits of one batch."""
+        from dynaconv.arch.checkpoint import Checkpoint
+
+        checkpoint = Checkpoint.open(source)
+        settings = config.calibrate
+        batch = settings.batch_size * config.data.sequence_length
+        logits = 3 * 4 * batch * checkpoint.sizes["vocab"]
+        passes = 4 * len(settings.budgets) * settings.tokens + (len(settings.budgets) + 2) * settings.score_tokens
+        return Estimate(
+            peak_bytes=2 * checkpoint.reader.total_bytes + logits,
+            disk_bytes=200_000,
+            flops=2.0 * checkpoint.parameters * passes,
+            notes=(f"{len({*settings.budgets, 1.0})} budgets",),
+        )
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """Writes ``dynaconv.json`` with the dial, ``frontier.json`` and ``frontier.png``."""
+        import torch
+
+        from dynaconv.arch.checkpoint import Checkpoint
+        from dynaconv.calibrate.frontier import FRONTIER_FILE, PICTURE_FILE
+        from dynaconv.calibrate.sweep import levels_for, measure, uniform_table
+        from dynaconv.dynamic.modeling import load
+        from dynaconv.evaluation.cost import CostModel
+        from dynaconv.evaluation.plots import draw_frontier
+        from dynaconv.evaluation.scoring import load_dense
+
+        settings, data = context.config.calibrate, context.config.data
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = load(context.inputs["dynamic"]).to(device).eval()
+        parent = load_dense(context.inputs["dense"], device)
+        text = held_out(context, model.config)
+        checkpoint = Checkpoint.open(context.inputs["dense"])
+        routers = sum(value.numel() for value in model.router_state().values())
+        costs = [CostModel.of(checkpoint, router=r, context=data.sequence_length // 2) for r in (0, routers)]
+        budgets = {*settings.budgets, 1.0}
+        with context.progress.task("calibrate", total=2 * len(budgets), unit="budgets") as task:
+            routed = model.layout.router.kind != "none"
+            table = levels_for(model, text, settings, task) if routed else uniform_table(settings.budgets)
+            model.layout = model.layout.with_dial(table, {})
+            frontier = measure(model, parent, text, (costs[0], costs[1]), settings.speed_tokens, task)
+        qualities = tuple(row["quality"] for row in frontier["frontier"])
+        layout = model.layout.with_dial(replace(table, qualities=qualities), frontier)
+        layout.save(context.folder)
+        write_json(context.folder / FRONTIER_FILE, frontier)
+        draw_frontier(frontier, context.folder / PICTURE_FILE)
+        return {
+            "parent_loss": frontier["parent"]["loss"],
+            "quality": {f"{row['budget']:g}": round(row["quality"], 4) for row in frontier["frontier"]},
+        }
+
+
+def held_out(context: StageContext, model_config: Any) -> Any:
+    """Windows that were not trained on, cut in two: to solve on, and to score on.
+
+    Where there is less than the recipe asks for, both parts shrink alike.
+    """
+    from dynaconv.calibrate.sweep import Text
+    from dynaconv.data.corpus import load_corpus
+    from dynaconv.data.tokenizer import load_tokenizer
+    from dynaconv.data.windows import evaluation_batches
+    from dynaconv.errors import DataError
+
+    settings, data, seed = context.config.calibrate, context.config.data, context.config.seed
+    wanted = settings.tokens + settings.score_tokens
+    windows = load_corpus(
+        data,
+        load_tokenizer(context.inputs["dynamic"]),
+        train_tokens=0,
+        validation_tokens=wanted,
+        max_positions=model_config.max_position_embeddings,
+        vocabulary=model_config.vocab_size,
+        accept_less=True,
+        say=context.progress.say,
+    ).validation
+    if len(windows) < 2:
+        raise DataError(
+            "not enough held-out text to calibrate on",
+            where="data.validation",
+            expected=f"two windows of {data.sequence_length} tokens or more",
+            found=f"{windows.total_tokens} tokens",
+            hint="raise data.validation_share, lower data.sequence_length, or give data.validation",
+        )
+    part = settings.tokens / wanted
+    count = min(len(windows), math.ceil(wanted / data.sequence_length))
+    first = min(count - 1, max(1, round(count * part))) * data.sequence_length
+    return Text(
+        solve=list(evaluation_batches(windows, settings.batch_size, first, seed)),
+        score=list(
+            evaluation_batches(
+                windows, settings.batch_size, count * data.sequence_length - first, seed, skip_tokens=first
+            )
+        ),
+    )

@@ -1,0 +1,124 @@
+"""Solves and measures the dial over a grid of budgets, the dense parent beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynaconv.calibrate.solve import solve_budget
+from dynaconv.config import CalibrateConfig
+from dynaconv.data.windows import Batch
+from dynaconv.dynamic.dial import Dial
+from dynaconv.dynamic.layout import DialTable
+from dynaconv.dynamic.router import solve_level
+from dynaconv.evaluation.cost import CostModel
+from dynaconv.evaluation.scoring import Score, most_likely, score
+from dynaconv.evaluation.speed import decoding, interleaved
+from dynaconv.progress import Task
+
+SPEED_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Text:
+    """What thresholds are solved on, and what is scored: both held out of training, and apart from each other."""
+
+    solve: Sequence[Batch]
+    score: Sequence[Batch]
+
+
+def levels_for(model: Any, text: Text, config: CalibrateConfig, task: Task) -> DialTable:
+    """The dial table of ``model``, qualities still unknown (zero). The last budget is 1.
+
+    Levels are shared by the layers: the routers' own scores say which layer deserves width.
+    """
+    budgets, layers = sorted({*config.budgets, 1.0}), model.layout.layers
+    found: list[float] = []
+    for budget in budgets[:-1]:
+        solved = solve_budget(model, text.solve, budget, tolerance=config.tolerance, start=found[-1] if found else None)
+        found.append(max(solved.level, found[-1] if found else -math.inf))
+        task.advance(note=f"budget {budget:g} spends {solved.share:.3f}")
+    top = _level_of_everything(model, text.solve)
+    found.append(max(top, found[-1]) if found else top)
+    return DialTable(tuple(budgets), tuple((level,) * layers for level in found), (0.0,) * len(budgets))
+
+
+def uniform_table(budgets: Sequence[float]) -> DialTable:
+    """The table of a model without routers: a budget means one width for all tokens."""
+    wanted = sorted({*budgets, 1.0})
+    return DialTable(tuple(wanted), tuple(() for _ in wanted), (0.0,) * len(wanted))
+
+
+@torch.no_grad()
+def _level_of_everything(model: Any, batches: Sequence[Batch]) -> float:
+    """The lowest level at which every token of the first batch uses every block."""
+    from dynaconv.dynamic.context import using
+    from dynaconv.train.routing import Scored
+
+    policy = Scored()
+    batch = batches[0].to(next(model.parameters()).device)
+    with using(policy):
+        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    return solve_level(model.ffns()[0].router, list(policy.scores.values()), 1.0)
+
+
+def measure(
+    model: Any, parent: Any, text: Text, costs: tuple[CostModel, CostModel], speed_tokens: int, task: Task
+) -> dict[str, Any]:
+    """``frontier.json``: the parent, and loss, agreement, share and cost at every budget of the model's table.
+
+    Args:
+        model: A dynamic model with its dial table.
+        parent: The dense checkpoint it came from.
+        text: Scored on ``text.score``.
+        costs: Cost models of the parent and of the dynamic model.
+        speed_tokens: Tokens generated for tokens/s, 0 for none.
+        task: Advanced once a budget.
+    """
+    dense = score(parent, text.score)
+    wanted = most_likely(parent, text.score)
+    rows = []
+    for budget in model.layout.dial.budgets:
+        got = score(model, text.score, model.policy(Dial(budget=budget)), parent=wanted)
+        rows.append(_row(budget, got, dense, costs[1]))
+        task.advance(note=f"budget {budget:g} loss {got.loss:.3f}")
+    speeds = _speeds(model, parent, text.score[0].input_ids[:1, :16], speed_tokens)
+    for row in rows:
+        row["tokens_per_s"] = speeds.get(str(row["budget"]))
+    first = {
+        "loss": dense.loss,
+        "perplexity": dense.perplexity,
+        "flops_per_token": costs[0].flops_per_token(1.0),
+        "bytes_per_token": costs[0].bytes_per_token(1.0),
+        "tokens_per_s": speeds.get("parent"),
+        "scored_tokens": dense.tokens,
+    }
+    return {"parent": first, "frontier": rows}
+
+
+def _row(budget: float, got: Score, dense: Score, cost: CostModel) -> dict[str, Any]:
+    return {
+        "budget": budget,
+        "active_share": got.active_share,
+        "flops_per_token": cost.flops_per_token(got.active_share),
+        "bytes_per_token": cost.bytes_per_token(got.active_share),
+        "loss": got.loss,
+        "quality": math.exp(dense.loss - got.loss),
+        "agreement": got.agreement,
+        "width_by_layer": list(got.widths),
+    }
+
+
+def _speeds(model: Any, parent: Any, prompt: Tensor, tokens: int) -> dict[str, float]:
+    """Tokens a second by budget, and of the parent."""
+    if not tokens:
+        return {}
+    runs = {"parent": decoding(parent, prompt, tokens)}
+    for budget in model.layout.dial.budgets:
+        runs[str(budget)] = decoding(model, prompt, tokens, dial=Dial(budget=budget))
+    return {name: tokens / seconds for name, seconds in interleaved(runs, SPEED_ROUNDS).items()}

@@ -1,0 +1,75 @@
+"""What one token costs at a given active share: FLOPs of a forward pass, and bytes read at batch 1.
+
+Router cost is included. L layers, N blocks, D residual width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dynaconv.arch.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Counts of a checkpoint, from which the cost at any share follows.
+
+    Attributes:
+        attention: Elements of all attention projections.
+        ffn: Elements of all FFN projections.
+        head: Elements of the output head.
+        router: Elements of all routers.
+        rest: Elements of norms and other vectors.
+        residual: D, one row of the embedding is read for a token.
+        attention_width: Query heads times head_dim, times L.
+        cache_width: Key and value heads times head_dim, times L.
+        context: Tokens of context a token attends to.
+        itemsize: Bytes of one weight.
+    """
+
+    attention: int
+    ffn: int
+    head: int
+    router: int
+    rest: int
+    residual: int
+    attention_width: int
+    cache_width: int
+    context: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, *, router: int, context: int) -> CostModel:
+        """Counts ``checkpoint``; ``router`` elements of routers come on top.
+
+        Args:
+            checkpoint: The dense checkpoint.
+            router: Elements of all routers, 0 for the parent.
+            context: Mean tokens of context.
+        """
+        sizes, layers = checkpoint.sizes, checkpoint.layers
+        attention, ffn = layers * checkpoint.attention_parameters, layers * checkpoint.ffn_parameters
+        counted = attention + ffn + checkpoint.embedding_parameters
+        counted += 0 if checkpoint.tied else checkpoint.head_parameters
+        return cls(
+            attention=attention,
+            ffn=ffn,
+            head=checkpoint.head_parameters,
+            router=router,
+            rest=checkpoint.parameters - counted,
+            residual=sizes["residual"],
+            attention_width=layers * sizes["q_head"] * sizes["head_dim"],
+            cache_width=2 * layers * sizes["kv_head"] * sizes["head_dim"],
+            context=context,
+            itemsize=checkpoint.dtype.itemsize,
+        )
+
+    def flops_per_token(self, share: float) -> float:
+        """FLOPs of one token's forward pass: two a weight, and attention over the context."""
+        weights = self.attention + share * self.ffn + self.head + self.router
+        return 2.0 * weights + 4.0 * self.attention_width * self.context
+
+    def bytes_per_token(self, share: float) -> float:
+        """Bytes read for one token at batch 1: active weights, one embedding row, the KV cache; routers in fp32."""
+        weights = self.attention + share * self.ffn + self.head + self.rest + self.residual
+        return float(self.itemsize * (weights + self.cache_width * self.context) + 4 * self.router)

@@ -1,0 +1,59 @@
+"""The code that travels with an exported model: flat files that transformers loads with ``trust_remote_code=True``.
+
+Sources are our own ``dynamic`` and ``kernels`` modules that the model class reaches. transformers wants one folder and
+relative imports, so ``from dynaconv.dynamic.dial import Dial`` becomes ``from .dynaconv_dial import Dial``.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+ENTRY = "dynaconv.dynamic.modeling"
+ENTRY_FILE = "modeling_dynaconv"
+ENTRY_CLASS = "DynaconvForCausalLM"
+_OURS = re.compile(r"^(\s*)from (dynaconv\.(?:dynamic|kernels)\.\w+) import ", re.MULTILINE)
+
+
+def flat_name(module: str) -> str:
+    """File stem of ``module`` in an exported folder."""
+    if module == ENTRY:
+        return ENTRY_FILE
+    _, package, name = module.split(".")
+    return f"dynaconv_{name}" if package == "dynamic" else f"dynaconv_{package}_{name}"
+
+
+def shipped_modules() -> dict[str, str]:
+    """Source text of every module that the model class reaches, by module name."""
+    found: dict[str, str] = {}
+    waiting = [ENTRY]
+    while waiting:
+        module = waiting.pop()
+        if module in found:
+            continue
+        found[module] = _source(module)
+        waiting += [
+            node.module
+            for node in ast.walk(ast.parse(found[module]))
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dynaconv.")
+        ]
+    return found
+
+
+def write_bundle(folder: Path) -> list[str]:
+    """Writes the flat files into ``folder`` and returns their names."""
+    names = []
+    for module, source in sorted(shipped_modules().items()):
+        name = f"{flat_name(module)}.py"
+        flat = _OURS.sub(lambda match: f"{match[1]}from .{flat_name(match[2])} import ", source)
+        (folder / name).write_text(flat, encoding="utf-8")
+        names.append(name)
+    return names
+
+
+def _source(module: str) -> str:
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).read_text(encoding="utf-8")

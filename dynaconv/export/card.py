@@ -1,0 +1,94 @@
+"""The model card of an exported folder: what it is, where it came from, what was measured, how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dynaconv.dynamic.layout import Layout
+from dynaconv.version import __version__
+
+_USE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+tokenizer = AutoTokenizer.from_pretrained(folder)
+prompt = tokenizer("def main():", return_tensors="pt")
+
+dense = AutoModelForCausalLM.from_pretrained(folder)  # a plain model, all blocks on
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)  # the same weights with a dial
+print(tokenizer.decode(model.generate(**prompt, dial=0.5, max_new_tokens=40)[0]))
+```"""
+
+
+def model_card(layout: Layout, parent: str, training: Mapping[str, Any]) -> str:
+    """Markdown with transformers' front matter.
+
+    Args:
+        layout: Blocks, routers, and the frontier that calibration measured.
+        parent: Name of the dense checkpoint.
+        training: Resolved ``finetune`` section where the model was tuned, else empty.
+    """
+    kind = {"none": "none: every token gets the same width"}.get(layout.router.kind, f"`{layout.router.kind}`")
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [dynaconv, dynamic-ffn]",
+        "---",
+        "",
+        f"# {parent} with a dial",
+        "",
+        f"Made from `{parent}` by dynaconv {__version__}. Its feed-forward networks are cut into {layout.blocks} blocks "
+        "of neurons, and a router in each layer says how many of them a token uses. With every block on, it is a plain "
+        "dense checkpoint.",
+        "",
+        "## Use",
+        "",
+        _USE,
+        "",
+        "## What was measured",
+        "",
+        _table(layout.frontier),
+        "",
+        "![frontier](frontier.png)",
+        "",
+        "Quality is exp(parent loss - loss): 1 is the parent's perplexity. Loss is in nats a token on "
+        f"{layout.frontier['parent']['scored_tokens']} tokens of held-out text; tokens/s is generation at batch 1 on "
+        "the machine that made this. FLOPs and bytes include the routers.",
+        "",
+        "## Lineage",
+        "",
+        f"- parent: `{parent}`",
+        f"- blocks end at neurons {', '.join(map(str, layout.edges[1:]))} of {layout.edges[-1]}",
+        f"- router: {kind}",
+        *([f"- fine-tuned on {training['tokens']:,} tokens, target `{training['router']}`"] if training else []),
+        *(f"- stage `{name}`: fingerprint `{mark}`" for name, mark in layout.lineage.get("stages", {}).items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _table(frontier: Mapping[str, Any]) -> str:
+    rows = [
+        "| dial | active share | loss | quality | agrees with parent | GFLOPs/token | MB/token | tokens/s |",
+        "|---|---|---|---|---|---|---|---|",
+        _row("dense parent", {"active_share": 1.0, "quality": 1.0, "agreement": 1.0, **frontier["parent"]}),
+    ]
+    return "\n".join(rows + [_row(f"{point['budget']:g}", point) for point in frontier["frontier"]])
+
+
+def _row(name: str, point: Mapping[str, Any]) -> str:
+    speed = point.get("tokens_per_s")
+    cells = [
+        name,
+        f"{point['active_share']:.3f}",
+        f"{point['loss']:.4f}",
+        f"{point['quality']:.4f}",
+        f"{point['agreement']:.3f}",
+        f"{point['flops_per_token'] / 1e9:.4g}",
+        f"{point['bytes_per_token'] / 1e6:.4g}",
+        "" if speed is None else f"{speed:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
