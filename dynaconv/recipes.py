@@ -83,21 +83,65 @@ def _read(path: Path) -> Recipe:
     return Recipe(path.stem, path, "\n".join(lines).strip())
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A configuration and what is wrong with how it was asked for.
+
+    Attributes:
+        config: Everything that could be understood; the rest at its default.
+        mistakes: Unknown keys and values of the wrong kind, one sentence each.
+        where: Which recipe it is.
+    """
+
+    config: RunConfig
+    mistakes: tuple[str, ...]
+    where: str
+
+    def checked(self) -> RunConfig:
+        """The configuration, if nothing is wrong with it.
+
+        Raises:
+            ConfigError: Lists every mistake.
+        """
+        found = [*self.mistakes, *problems(self.config)]
+        if found:
+            raise ConfigError.from_problems(found, where=self.where)
+        return self.config
+
+
 def compose(recipe: str = DEFAULT, overrides: Sequence[str] = ()) -> RunConfig:
     """The checked configuration of ``recipe`` (a name or a file) with ``overrides`` (``KEY=VALUE`` each).
 
     Raises:
         ConfigError: Lists every mistake in the recipe and the overrides.
     """
+    return draft(recipe, overrides).checked()
+
+
+def draft(recipe: str = DEFAULT, overrides: Sequence[str] = ()) -> Draft:
+    """As :func:`compose`, with mistakes returned, not raised.
+
+    Raises:
+        ConfigError: The recipe cannot be found or read at all.
+    """
     found = find(recipe)
     return _resolve(_composed(found.path), overrides, where=f"recipe {found.name}")
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The checked configuration in ``path`` (the ``recipe.yaml`` of a run) with ``overrides``.
+    """The checked configuration in ``path``, the ``recipe.yaml`` of a run, with ``overrides``.
 
     Raises:
         ConfigError: Lists every mistake in the file and the overrides.
+    """
+    return draft_of(path, overrides).checked()
+
+
+def draft_of(path: Path, overrides: Sequence[str] = ()) -> Draft:
+    """As :func:`load`, with mistakes returned, not raised.
+
+    Raises:
+        ConfigError: The file cannot be read at all.
     """
     import yaml
 
@@ -105,7 +149,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError("the recipe cannot be read", where=path, found=error) from error
-    return _resolve(content or {}, overrides, where=path)
+    if not isinstance(content, Mapping):
+        raise ConfigError("the recipe cannot be read", where=path, expected="KEY: VALUE lines", found=content)
+    return _resolve(content, overrides, where=str(path))
 
 
 def _composed(path: Path) -> dict[Any, Any]:
@@ -133,7 +179,7 @@ def _composed(path: Path) -> dict[Any, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _resolve(content: Mapping[Any, Any], overrides: Sequence[str], *, where: object) -> RunConfig:
+def _resolve(content: Mapping[Any, Any], overrides: Sequence[str], *, where: str) -> Draft:
     """Puts ``overrides`` over ``content``, resolves interpolations, and checks everything against the schema."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -150,8 +196,4 @@ def _resolve(content: Mapping[Any, Any], overrides: Sequence[str], *, where: obj
         ) from error
     structured = OmegaConf.structured(RunConfig)
     mistakes += assign(structured, resolved if isinstance(resolved, dict) else {})
-    config = cast(RunConfig, OmegaConf.to_object(structured))
-    mistakes += problems(config)
-    if mistakes:
-        raise ConfigError.from_problems(mistakes, where=where)
-    return config
+    return Draft(cast(RunConfig, OmegaConf.to_object(structured)), tuple(mistakes), where)

@@ -91,6 +91,18 @@ class Choice:
     above: OperatingPoint | None = None
 
 
+def check_budget(budget: float) -> None:
+    """Raises :class:`ConfigError` for a budget outside (0, 1]."""
+    if not 0 < budget <= 1:
+        raise ConfigError(f"budget {budget:g} is outside (0, 1]", expected="the share of the FFN to use, such as 0.5")
+
+
+def check_quality(quality: float) -> None:
+    """Raises :class:`ConfigError` for a quality that is not above 0."""
+    if not quality > 0:
+        raise ConfigError(f"quality {quality:g} is not above 0", expected="a share of the parent's, such as 0.98")
+
+
 def select_by_budget(points: Sequence[OperatingPoint], budget: float) -> Choice:
     """The most that ``budget`` pays for: the largest measured budget that is no larger.
 
@@ -102,8 +114,7 @@ def select_by_budget(points: Sequence[OperatingPoint], budget: float) -> Choice:
         ConfigError: ``budget`` is outside (0, 1].
         QualityError: It lies below the lowest measured one.
     """
-    if not 0 < budget <= 1:
-        raise ConfigError(f"budget {budget:g} is outside (0, 1]", expected="the share of the FFN to use, such as 0.5")
+    check_budget(budget)
     paid = [point for point in points if point.budget <= budget]
     if not paid:
         raise QualityError(
@@ -127,8 +138,7 @@ def select_by_quality(points: Sequence[OperatingPoint], quality: float) -> Choic
         ConfigError: ``quality`` is not above 0.
         QualityError: No point reaches it; says which comes nearest.
     """
-    if not quality > 0:
-        raise ConfigError(f"quality {quality:g} is not above 0", expected="a share of the parent's, such as 0.98")
+    check_quality(quality)
     holding = [point for point in points if point.quality >= quality]
     if not holding:
         best = max(points, key=lambda point: point.quality)

@@ -1,0 +1,152 @@
+"""``dynaconv convert`` and ``dynaconv plan``: the whole pipeline, or what it would do and cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dynaconv.artifacts.files import size_text
+from dynaconv.cli.listing import print_stages
+from dynaconv.cli.output import in_short, print_json, print_note, print_table, say
+from dynaconv.cli.request import Request, fill_source, request
+from dynaconv.errors import DynaconvError
+
+if TYPE_CHECKING:
+    from dynaconv.pipeline.plan import Plan
+
+Source = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Folder or hub name of a dense checkpoint, or a run to go on with. Left out: a tiny embedded one.",
+        show_default=False,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Settings over the recipe's, such as blocks=16; data=PATH|NAME names the text, several with commas.",
+        show_default=False,
+    ),
+]
+Recipe = Annotated[
+    str | None, typer.Option(metavar="NAME|FILE", help="A recipe; `dynaconv recipes` lists them.", show_default=False)
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(metavar="RUN", help="Folder of the run; runs/SOURCE-RECIPE unless given.", show_default=False),
+]
+Until = Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.", show_default=False)]
+Redo = Annotated[
+    str | None, typer.Option(metavar="STAGE", help="Make this stage and all after it again.", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
+
+
+def convert(
+    source: Source = None,
+    overrides: Overrides = None,
+    recipe: Recipe = None,
+    out: Out = None,
+    until: Until = None,
+    redo: Redo = None,
+    as_json: AsJson = False,
+) -> None:
+    """Convert a dense checkpoint into a model with a dial.
+
+    Runs the recipe's stages in order, keeps what is done already, and goes on where it was interrupted.
+    """
+    asked = request(source, overrides or (), recipe=recipe, out=out)
+    asked.check(until, redo)
+    fill_source(asked.config, quiet=as_json)
+    run_stages(asked, until=until, redo=redo, as_json=as_json)
+
+
+def run_stages(asked: Request, *, until: str | None, redo: str | None, as_json: bool) -> None:
+    """Runs what was asked for and prints where the run stands then."""
+    from dynaconv.artifacts.run import Run
+    from dynaconv.pipeline.runner import run_pipeline
+    from dynaconv.pipeline.status import status
+    from dynaconv.progress import Progress
+
+    run = Run.create(asked.run)
+    with Progress(quiet=as_json) as progress:
+        run_pipeline(asked.config, run, until=until, redo=redo, progress=progress)
+    if as_json:
+        print_json(status(run))
+        return
+    print_stages(status(run))
+    record = run.manifest.record("export")
+    if record is not None and not record.superseded:
+        say(f"The model is in {run.folder(record)}; `dynaconv dial-k {asked.run}` shows its dial.")
+
+
+def plan(
+    source: Source = None,
+    overrides: Overrides = None,
+    recipe: Recipe = None,
+    out: Out = None,
+    until: Until = None,
+    redo: Redo = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what convert would do and cost, and list every mistake. Takes the same arguments and writes nothing."""
+    asked = request(source, overrides or (), recipe=recipe, out=out)
+    made, problems, exit_code = _planned(asked, until, redo)
+    if as_json:
+        from dynaconv.pipeline.plan import as_json as plan_as_json
+
+        stages = plan_as_json(made) if made is not None else {"stages": []}
+        print_json({**stages, "run": str(asked.run), "source": asked.config.source, "problems": problems})
+    else:
+        _show(asked, made, problems)
+    if problems:
+        raise typer.Exit(exit_code)
+
+
+def _planned(asked: Request, until: str | None, redo: str | None) -> tuple[Plan | None, list[str], int]:
+    """The plan as far as one can be made, every mistake, and the exit code."""
+    from dynaconv.artifacts.manifest import MANIFEST_FILE
+    from dynaconv.artifacts.run import Run
+    from dynaconv.artifacts.source import resolve
+    from dynaconv.pipeline.plan import make_plan
+
+    mistakes = asked.draft.mistakes
+    try:
+        fill_source(asked.config, quiet=False)
+        source = resolve(asked.config.source)
+        run = Run.open(asked.run) if (asked.run / MANIFEST_FILE).is_file() else None
+    except DynaconvError as error:
+        found = asked.problems(until, redo)
+        return None, [*found, str(error)], 2 if found else error.exit_code
+    made = make_plan(asked.config, run, source, until=until, redo=redo)
+    return made, [*mistakes, *made.problems], 2 if mistakes else made.exit_code
+
+
+def _show(asked: Request, made: Plan | None, problems: list[str]) -> None:
+    say(f"source  {asked.config.source}")
+    say(f"run     {asked.run}")
+    if made is not None and made.stages:
+        rows = [
+            [
+                stage.folder,
+                stage.action,
+                size_text(stage.estimate.peak_bytes),
+                size_text(stage.estimate.disk_bytes),
+                in_short(stage.estimate.flops),
+                "\n".join([*stage.reasons, *stage.estimate.notes]),
+            ]
+            for stage in made.stages
+        ]
+        print_table(["stage", "action", "memory", "disk", "FLOPs", "why, and what comes out"], rows, left=2, last=True)
+        total = f"peak memory {size_text(made.peak_bytes)} with Python and its libraries"
+        say(f"In all: {total}, {size_text(made.disk_bytes)} on disk, {in_short(made.flops)}FLOP.")
+    for warning in made.warnings if made is not None else ():
+        print_note(f"warning: {warning}")
+    if problems:
+        print_note(f"{len(problems)} mistake{'s' * (len(problems) > 1)}:")
+    for number, problem in enumerate(problems, 1):
+        print_note(f"  {number}. {problem}")

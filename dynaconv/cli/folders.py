@@ -1,0 +1,109 @@
+"""Which folder of a run, or which model folder, a command is about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dynaconv.artifacts.files import read_json
+from dynaconv.artifacts.manifest import MANIFEST_FILE
+from dynaconv.artifacts.run import Run
+from dynaconv.calibrate.frontier import FRONTIER_FILE, PICTURE_FILE, Frontier
+from dynaconv.dynamic.layout import LAYOUT_FILE, OPERATING_POINT_FILE, Layout
+from dynaconv.errors import ArtifactError
+
+# Where a run holds a model that can be loaded, the most finished first.
+LOADABLE = ("export", "calibrate", "finetune", "carve")
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A calibrated run or model.
+
+    Attributes:
+        folder: What the user named.
+        content: The measured frontier as it was written.
+        frontier: The same, read.
+        stored: Where the chosen operating point is kept; ``None`` where no model is exported yet.
+        picture: Drawing of the frontier, if there is one.
+    """
+
+    folder: Path
+    content: dict[str, Any]
+    frontier: Frontier
+    stored: Path | None
+    picture: Path | None
+
+
+def find_calibrated(path: Path) -> Calibrated:
+    """The frontier of the run or model at ``path``.
+
+    Raises:
+        ArtifactError: ``path`` is neither, or was not calibrated yet.
+    """
+    folder = path.expanduser()
+    if (folder / MANIFEST_FILE).is_file():
+        return _of_run(folder)
+    layout = read_layout(folder)
+    content = layout.frontier
+    if not content:
+        hint = "dynaconv calibrate RUN, then dynaconv export RUN"
+        raise ArtifactError("this model was not calibrated", where=folder, hint=hint)
+    return _calibrated(folder, content, folder / OPERATING_POINT_FILE, folder / PICTURE_FILE, folder / LAYOUT_FILE)
+
+
+def _of_run(folder: Path) -> Calibrated:
+    run = Run.open(folder)
+    record = run.manifest.record("calibrate")
+    if record is None:
+        hint = f"dynaconv calibrate {folder}"
+        raise ArtifactError("this run was not calibrated yet", where=folder, hint=hint)
+    measured = run.folder(record)
+    exported = run.manifest.record("export")
+    stored = run.folder(exported) / OPERATING_POINT_FILE if exported is not None else None
+    where = measured / FRONTIER_FILE
+    return _calibrated(folder, read_json(where), stored, measured / PICTURE_FILE, where)
+
+
+def _calibrated(folder: Path, content: Any, stored: Path | None, picture: Path, where: Path) -> Calibrated:
+    frontier = Frontier.from_json(content, where=where)
+    shown = {"parent": content["parent"], "frontier": content["frontier"]}
+    return Calibrated(folder, shown, frontier, stored, picture if picture.is_file() else None)
+
+
+def model_folder(path: Path) -> Path:
+    """The folder to load a dynamic model from: ``path`` itself, or the most finished one of the run at ``path``.
+
+    Raises:
+        ArtifactError: ``path`` holds no dynamic model.
+    """
+    folder = path.expanduser()
+    if not (folder / MANIFEST_FILE).is_file():
+        read_layout(folder)
+        return folder
+    run = Run.open(folder)
+    for stage in LOADABLE:
+        record = run.manifest.record(stage)
+        if record is not None and (run.folder(record) / "config.json").is_file():
+            return run.folder(record)
+    raise ArtifactError("this run holds no model yet", where=folder, hint=f"dynaconv convert {folder}")
+
+
+def read_layout(folder: Path) -> Layout:
+    """The layout of a model folder.
+
+    Raises:
+        ArtifactError: ``folder`` was not made by dynaconv, or by a newer one.
+    """
+    if not folder.is_dir():
+        raise ArtifactError("no such folder", where=folder, expected="a run or a model that dynaconv made")
+    try:
+        return Layout.load(folder)
+    except FileNotFoundError as error:
+        hint = "dynaconv convert makes one from a dense checkpoint"
+        raise ArtifactError(
+            "neither a run nor a dynamic model", where=folder, expected=f"{MANIFEST_FILE} or {LAYOUT_FILE}", hint=hint
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError("the layout cannot be read", where=folder / LAYOUT_FILE, found=error) from error

@@ -1,0 +1,118 @@
+"""``dynaconv eval`` and ``dynaconv generate``: use a converted model at a point of its dial."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dynaconv.cli.folders import model_folder, read_layout
+from dynaconv.cli.output import print_json, print_table
+from dynaconv.errors import ArtifactError, CheckpointError, ConfigError, QualityError
+
+if TYPE_CHECKING:
+    from dynaconv.dynamic.dial import Dial
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A converted model, or a run that holds one.")]
+DialOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dial", metavar="D", help="Budget in (0, 1], or full. Left out: the stored point.", show_default=False
+    ),
+]
+
+
+def evaluate(
+    model: Model,
+    data: Annotated[str, typer.Option(metavar="SPEC", help="Text: a file, glob, folder, data set or python-stdlib.")],
+    dial: DialOption = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings below data, such as data.field=answer.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+) -> None:
+    """Score a converted model on text, at one point of its dial."""
+    from dynaconv.evaluation.perplexity import evaluate_folder
+    from dynaconv.recipes import compose
+
+    folder = model_folder(model)
+    chosen = chosen_dial(folder, dial)
+    config = compose(overrides=[f"data={data}", *(overrides or [])]).data
+    scores = evaluate_folder(folder, chosen, config)
+    if as_json:
+        print_json(scores)
+    else:
+        print_table(["", ""], [[name, _shown(value)] for name, value in scores.items()])
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to go on from.")],
+    dial: DialOption = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to write at most.")] = 128,
+) -> None:
+    """Continue a text at one point of the dial, greedily, token by token."""
+    folder = model_folder(model)
+    chosen = chosen_dial(folder, dial)
+
+    import torch
+    from transformers import AutoTokenizer, TextStreamer
+
+    from dynaconv.dynamic.modeling import load
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        loaded = load(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError("the model cannot be loaded", where=folder, found=error) from error
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if not inputs["input_ids"].numel():
+        raise ConfigError("the prompt holds no tokens", hint="--prompt with some text")
+    with torch.inference_mode():
+        loaded.eval().generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            dial=chosen,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.eos_token_id,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        )
+
+
+def chosen_dial(folder: Path, text: str | None) -> Dial | None:
+    """The dial that ``--dial`` asks for; ``None`` leaves it to the point stored in the model.
+
+    Raises:
+        ConfigError: It is no budget in (0, 1].
+        ArtifactError: The model has no calibrated dial.
+        QualityError: It lies below the lowest calibrated budget.
+    """
+    from dynaconv.dynamic.dial import Dial
+
+    if text is None:
+        return None
+    if text == "full":
+        return Dial.full()
+    try:
+        budget = float(text)
+    except ValueError:
+        budget = math.nan
+    if not 0 < budget <= 1:
+        raise ConfigError(f"--dial is {text!r}", expected="a budget above 0 and at most 1, such as 0.5, or full")
+    dial, layout = Dial(budget=budget), read_layout(folder)
+    if layout.dial is None and not dial.is_full:
+        hint = "dynaconv calibrate RUN, then dynaconv export RUN; or --dial full"
+        raise ArtifactError("this model has no calibrated dial", where=folder, hint=hint)
+    try:
+        dial.levels(layout.dial, layout.layers)
+    except ValueError as error:
+        raise QualityError(str(error), where=folder) from error
+    return dial

@@ -1,0 +1,53 @@
+"""``dynaconv profile``, ``carve``, ``finetune``, ``calibrate`` and ``export``: one stage of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dynaconv.cli.convert import AsJson, Overrides
+from dynaconv.cli.listing import print_stages
+from dynaconv.cli.output import print_json
+from dynaconv.cli.request import request_of
+
+HELP = {
+    "profile": "Run calibration text through the dense model: neuron importance, difficulty curves.",
+    "carve": "Order the neurons, cut them into blocks, and set up routers without training.",
+    "finetune": "Tune weights and routers at sampled budgets.",
+    "calibrate": "Solve the dial's thresholds; measure quality and cost at each budget, the parent beside them.",
+    "export": "Write the folder that stock transformers loads, and check it in a clean process.",
+}
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")]
+Again = Annotated[bool, typer.Option("--redo", help="Make it again though it is there, and drop what came of it.")]
+
+
+def _command(stage: str) -> Callable[..., None]:
+    def command(run: RunFolder, overrides: Overrides = None, redo: Again = False, as_json: AsJson = False) -> None:
+        _run_one(stage, run, overrides or [], redo=redo, as_json=as_json)
+
+    command.__doc__ = HELP[stage]
+    return command
+
+
+def _run_one(stage: str, folder: Path, overrides: list[str], *, redo: bool, as_json: bool) -> None:
+    from dynaconv.artifacts.run import Run
+    from dynaconv.pipeline.runner import run_stage
+    from dynaconv.pipeline.status import status
+    from dynaconv.progress import Progress
+
+    asked = request_of(folder, overrides)
+    asked.check()
+    run = Run.create(asked.run)
+    with Progress(quiet=as_json) as progress:
+        run_stage(asked.config, run, stage, redo=redo, progress=progress)
+    if as_json:
+        print_json(status(run))
+    else:
+        print_stages(status(run))
+
+
+COMMANDS = {stage: _command(stage) for stage in HELP}
