@@ -1,0 +1,103 @@
+"""What the loss feels of an FFN's error: a backward pass through the whole model.
+
+To first order an error e in an FFN's output y costs e . dLoss/dy, at most ||e|| ||dLoss/dy|| = r ||y|| ||dLoss/dy||.
+So a token's difficulty curve r_n is weighted with g = ||dLoss/dy|| ||y||, normalised to mean 1 over tokens and layers.
+
+B batch, T tokens, D residual width, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from dynaconv.arch.checkpoint import Checkpoint
+from dynaconv.data.windows import Batch
+from dynaconv.profile.measure import Sample
+from dynaconv.profile.skeleton import load, skeleton
+from dynaconv.profile.streaming import LayerStream, predicting
+
+TOKENS = 1024  # tokens in one backward pass: its activations are kept for all layers
+
+
+def loss_weights(
+    stream: LayerStream,
+    sample: Sample,
+    *,
+    trust_remote_code: bool = False,
+    finished: Callable[[Batch, int], None] = lambda batch, tokens: None,
+) -> Tensor:
+    """What the loss feels of an error at every layer and curve token of ``sample``: g, from one backward pass.
+
+    Args:
+        stream: Says which checkpoint, and what to compute in and where.
+        sample: Which tokens.
+        trust_remote_code: Let transformers run code from the checkpoint's folder.
+        finished: Called after each micro-batch, with the number of its curve tokens.
+
+    Returns:
+        ``(L, curve tokens)`` float32 on the CPU, mean 1.
+
+    Raises:
+        CheckpointError: A weight is NaN or infinite; the message names the tensor.
+    """
+    model = whole_model(stream.checkpoint, stream.dtype, stream.device, trust_remote_code=trust_remote_code)
+    parts = []
+    for batch, mask in zip(sample.batches, sample.curve_masks, strict=True):
+        size = max(1, TOKENS // batch.input_ids.shape[1])
+        measured = int(mask.any(dim=1).nonzero().max()) + 1 if bool(mask.any()) else 0  # windows, from the first
+        for start in range(0, measured, size):
+            piece = batch.rows(start, start + size).to(stream.device)
+            chosen = mask[start : start + size].to(stream.device)
+            parts.append(felt_by_loss(model, stream.checkpoint, piece)[:, chosen].cpu())
+            finished(piece, int(chosen.sum()))
+    weights = torch.cat(parts, dim=1)
+    return weights / weights.mean().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def felt_by_loss(model: Any, checkpoint: Checkpoint, batch: Batch) -> Tensor:
+    """||dLoss/dy|| ||y|| of every token and layer, Loss being the sum over the batch of nats: (L, B, T) float32."""
+    spec = checkpoint.family.ffn
+    downs = [model.get_submodule(f"{spec.path.format(layer=i)}.{spec.down}") for i in range(checkpoint.layers)]
+    with torch.enable_grad(), _outputs(downs) as outputs:
+        embedded = model.get_input_embeddings()(batch.input_ids).requires_grad_()
+        logits = model(inputs_embeds=embedded, attention_mask=batch.attention_mask, use_cache=False).logits
+        known = predicting(batch)[:, :-1]
+        loss = cross_entropy(logits[:, :-1][known].float(), batch.input_ids[:, 1:][known], reduction="sum")
+        gradients = torch.autograd.grad(loss, outputs)
+    sizes = []
+    for down, output, gradient in zip(downs, outputs, gradients, strict=True):
+        own = output.detach() if down.bias is None else output.detach() - down.bias
+        sizes.append(own.float().norm(dim=-1) * gradient.float().norm(dim=-1))
+    return torch.stack(sizes)
+
+
+def whole_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
+) -> Any:
+    """The stock model with all its weights, frozen, for evaluation.
+
+    Raises:
+        CheckpointError: A weight is NaN or infinite; the message names the tensor.
+    """
+    model = skeleton(checkpoint, dtype, device, trust_remote_code=trust_remote_code)
+    load(model, checkpoint, checkpoint.slots, "", dtype, device, strict=not checkpoint.tied)
+    model.tie_weights()
+    return model
+
+
+@contextmanager
+def _outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collects the output of each module, in the order they run."""
+    outputs: list[Tensor] = []
+    hooks = [module.register_forward_hook(lambda _, args, output: outputs.append(output)) for module in modules]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,216 @@
+"""What is measured of one layer: how much each neuron matters, and how much output each width loses.
+
+Pass A runs the layer over all batches and gathers mean |activation|; that fixes the order of the neurons. Pass B
+recomputes only the FFN, neurons in that order, from its kept inputs on a share of the tokens, and gathers difficulty
+curves and what a closed-form router needs.
+
+M tokens, B batch, T tokens in a window, D residual width, F FFN width, N blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dynaconv.arch.spec import FFNSpec
+from dynaconv.data.windows import Batch
+from dynaconv.dynamic.curves import log_errors, relative_errors
+from dynaconv.kernels.reference import hidden_neurons
+from dynaconv.kernels.weights import FFNWeights
+from dynaconv.profile.accumulators import ActivationMean, CurveStatistics, RidgeStatistics
+from dynaconv.profile.streaming import LayerStream, predicting
+
+ORDERS = ("importance", "none")
+ROWS = 1024  # tokens whose curves are measured at once
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Which tokens are measured.
+
+    Attributes:
+        batches: Calibration text.
+        curve_masks: For each batch, the tokens that difficulty curves are measured on, (B, T) bool.
+    """
+
+    batches: Sequence[Batch]
+    curve_masks: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], curve_share: float) -> Sample:
+        """Curves on the first ``curve_share`` of the windows, on tokens that predict another one.
+
+        The last token of a window bears no loss and would count as worthless in a loss-aware curve.
+        """
+        windows = round(curve_share * sum(len(batch.input_ids) for batch in batches))
+        left, masks = max(1, windows), []
+        for batch in batches:
+            mask = predicting(batch)
+            mask[left:] = False
+            left = max(0, left - len(mask))
+            masks.append(mask)
+        return cls(batches, masks)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are not padding."""
+        return sum(batch.tokens for batch in self.batches)
+
+    @property
+    def curve_tokens(self) -> int:
+        """Tokens that curves are measured on."""
+        return sum(int(mask.sum()) for mask in self.curve_masks)
+
+
+class Tap:
+    """What went into an FFN and into its down projection at the last call.
+
+    Attributes:
+        x: (B, T, D), the FFN's input.
+        hidden: (B, T, F), activations of the neurons.
+    """
+
+    x: Tensor
+    hidden: Tensor
+
+    @classmethod
+    @contextmanager
+    def on(cls, ffn: nn.Module, spec: FFNSpec) -> Iterator[Tap]:
+        """Taps ``ffn`` for the duration of the block."""
+        tap = cls()
+        hooks = [
+            ffn.register_forward_pre_hook(lambda _, args: setattr(tap, "x", args[0])),
+            ffn.get_submodule(spec.down).register_forward_pre_hook(lambda _, args: setattr(tap, "hidden", args[0])),
+        ]
+        try:
+            yield tap
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def measure_layer(
+    stream: LayerStream,
+    index: int,
+    hidden: list[Tensor],
+    sample: Sample,
+    *,
+    order: str,
+    edges: Sequence[int],
+    weights: Tensor | None = None,
+    finished: Callable[[Batch], None] = lambda batch: None,
+) -> dict[str, Tensor]:
+    """Measures decoder layer ``index`` and moves the hidden states behind it.
+
+    Args:
+        stream: The model.
+        index: Which layer.
+        hidden: For each batch, the layer's input (B, T, D); replaced by its output.
+        sample: Which tokens.
+        order: ``importance`` or ``none``.
+        edges: N + 1 neuron positions.
+        weights: ``(curve tokens,)``, what the loss feels of an error of each token in this layer, or ``None``.
+        finished: Called after each batch.
+
+    Returns:
+        ``activation``, ``importance`` (F,), ``order`` (F,) int64, ``curve_mean`` (N + 1,), ``curve_quantiles``
+        (3, N + 1), ``feature_gram`` (D + 1, D + 1), ``feature_target`` (D + 1, N), float32, on the CPU.
+    """
+    spec = stream.checkpoint.family.ffn
+    with stream.layer(index) as layer:
+        ffn = stream.ffn(layer)
+        activation, kept = _run(stream, index, layer, hidden, sample, finished)
+        mean = activation.mean()
+        importance = mean * torch.linalg.vector_norm(_projection(ffn, spec.down).weight, dim=0, dtype=torch.float32)
+        ranked = ranking(importance, order)
+        ordered = ordered_weights(ffn, spec, ranked, stream.activation)
+        curves, ridge = measure_curves(kept, ordered, edges, weights)
+    measured = {
+        "activation": mean,
+        "importance": importance,
+        "order": ranked,
+        "curve_mean": curves.mean(),
+        "curve_quantiles": curves.quantiles(),
+        "feature_gram": ridge.sums["gram"],
+        "feature_target": ridge.sums["target"],
+    }
+    return {name: tensor.cpu() for name, tensor in measured.items()}
+
+
+def measure_curves(
+    inputs: Sequence[Tensor], ordered: FFNWeights, edges: Sequence[int], weights: Tensor | None = None
+) -> tuple[CurveStatistics, RidgeStatistics]:
+    """Pass B: curves and regression statistics of FFN ``inputs`` (M, D) under weights whose neurons are in order.
+
+    Args:
+        inputs: Pieces, in the order of ``weights``.
+        ordered: The FFN.
+        edges: N + 1 neuron positions.
+        weights: ``(tokens of all pieces,)`` or ``None``.
+    """
+    blocks, width, device = len(edges) - 1, ordered.up.shape[1], ordered.up.device
+    curves, ridge = CurveStatistics(blocks, device), RidgeStatistics(width, blocks, device)
+    start = 0
+    for x in (rows for piece in inputs for rows in torch.split(piece, ROWS)):
+        errors = relative_errors(hidden_neurons(x, ordered), ordered.down, edges)
+        felt = None if weights is None else weights[start : start + len(x)].to(device)
+        curves.add(errors)
+        ridge.add(x, log_errors(errors, felt))
+        start += len(x)
+    return curves, ridge
+
+
+def ranking(importance: Tensor, order: str) -> Tensor:
+    """Neurons in the order they are cut in, (F,) int64: by falling importance, ties by position; or as they are."""
+    if order not in ORDERS:
+        raise ValueError(f"order is {order!r}; it must be one of {', '.join(ORDERS)}")
+    if order == "none":
+        return torch.arange(len(importance), device=importance.device)
+    return importance.argsort(descending=True, stable=True)
+
+
+def ordered_weights(ffn: nn.Module, spec: FFNSpec, order: Tensor, activation: Callable[[Tensor], Tensor]) -> FFNWeights:
+    """The projections of a stock FFN with their neurons in ``order``."""
+    gate = _projection(ffn, spec.gate) if spec.gate is not None else None
+    up, down = _projection(ffn, spec.up), _projection(ffn, spec.down)
+    return FFNWeights(
+        gate=None if gate is None else gate.weight[order],
+        up=up.weight[order],
+        down=down.weight[:, order],
+        activation=activation,
+        gate_bias=None if gate is None or gate.bias is None else gate.bias[order],
+        up_bias=None if up.bias is None else up.bias[order],
+    )
+
+
+def _projection(ffn: nn.Module, name: str) -> nn.Linear:
+    module = ffn.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def _run(
+    stream: LayerStream,
+    index: int,
+    layer: nn.Module,
+    hidden: list[Tensor],
+    sample: Sample,
+    finished: Callable[[Batch], None],
+) -> tuple[ActivationMean, list[Tensor]]:
+    """Pass A: mean |activation|, and the FFN's input (M, D) at the curve tokens of each batch."""
+    activation, kept = None, []
+    with Tap.on(stream.ffn(layer), stream.checkpoint.family.ffn) as tap:
+        for i, (batch, mask) in enumerate(zip(sample.batches, sample.curve_masks, strict=True)):
+            hidden[i] = stream.advance(index, layer, hidden[i], batch)
+            activation = activation or ActivationMean(tap.hidden.shape[-1], stream.device)
+            real = batch.attention_mask
+            activation.add(tap.hidden.flatten(0, 1) if real is None else tap.hidden[real.to(stream.device)])
+            if bool(mask.any()):
+                kept.append(tap.x[mask.to(stream.device)])
+            finished(batch)
+    assert activation is not None
+    return activation, kept

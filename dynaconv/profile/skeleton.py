@@ -1,0 +1,101 @@
+"""The stock transformers model of a checkpoint without its weights, and loading parts of it from the shards.
+
+Parameters start on the meta device, where they take no memory. What a model computes instead of storing (rotary
+frequencies) is made for real at once: such buffers are in no shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from dynaconv.arch.checkpoint import Checkpoint
+from dynaconv.errors import CheckpointError, suggest
+
+
+def skeleton(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
+) -> Any:
+    """The checkpoint's causal language model, every parameter on the meta device, every buffer on ``device``.
+
+    Args:
+        checkpoint: Whose model.
+        dtype: What it computes in.
+        device: Where it will run.
+        trust_remote_code: Let transformers run code from the checkpoint's folder.
+
+    Raises:
+        CheckpointError: transformers cannot build the model that ``config.json`` describes.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(
+            checkpoint.folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        found = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise CheckpointError("transformers cannot build this model", where=checkpoint.folder, found=found) from error
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            model.set_submodule(name, type(module)(config).to(device))
+    return model.eval().requires_grad_(False)
+
+
+def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The nonlinearity that transformers calls ``name``.
+
+    Raises:
+        CheckpointError: transformers knows no such one.
+    """
+    from transformers.activations import ACT2FN
+
+    if name not in ACT2FN:
+        raise CheckpointError(f"transformers has no activation called {name!r}", expected=suggest(name, ACT2FN))
+    function: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[name]
+    return function
+
+
+def load(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    names: Iterable[str],
+    prefix: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    strict: bool = True,
+) -> None:
+    """Gives ``module`` the tensors called ``names``, which is ``prefix``, a dot, and the module's own names for them.
+
+    All of its tensors, unless not ``strict``.
+
+    Raises:
+        CheckpointError: A tensor holds NaN or infinity (the tensor is named), or its file changed.
+    """
+    read = checkpoint.reader.read_finite
+    state = {name.removeprefix(f"{prefix}."): read(name).to(device, dtype) for name in names}
+    module.load_state_dict(state, strict=strict, assign=True)
+
+
+@contextmanager
+def loaded(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    names: Iterable[str],
+    prefix: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[None]:
+    """As :func:`load`, for the duration of the block: afterwards ``module`` takes no memory again."""
+    load(module, checkpoint, names, prefix, dtype, device)
+    try:
+        yield
+    finally:
+        module.to("meta")

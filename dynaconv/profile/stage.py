@@ -1,0 +1,156 @@
+"""profile: calibration text through the parent, layer by layer; what carve and the routers need to know comes out."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynaconv.arch.blocks import block_edges
+from dynaconv.arch.checkpoint import Checkpoint
+from dynaconv.config import RunConfig
+from dynaconv.errors import CheckpointError, DataError
+from dynaconv.pipeline.stage import Estimate, Stage, StageContext
+
+if TYPE_CHECKING:
+    import torch
+
+    from dynaconv.profile.measure import Sample
+    from dynaconv.profile.streaming import LayerStream
+
+
+class ProfileStage(Stage):
+    """Dense checkpoint in, statistics out: importance of neurons, difficulty curves, sums for closed-form routers."""
+
+    name = "profile"
+    consumes = ("dense",)
+    produces = "statistics"
+    sections = ("blocks", "seed", "data", "profile")
+
+    def estimate(self, config: RunConfig, source: Path) -> Estimate:
+        """Peak memory on the CPU, disk, and FLOPs, from the headers of the checkpoint.
+
+        Raises:
+            CheckpointError: ``source`` is not a checkpoint that can be profiled.
+            ConfigError: ``blocks`` does not fit its FFNs.
+        """
+        from dynaconv.profile.cost import profile_estimate
+
+        return profile_estimate(config, Checkpoint.open(source))
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """Writes the statistics; returns tokens, loss, speed, and how much the first half of the blocks loses.
+
+        Raises:
+            CheckpointError: The checkpoint or its tokenizer is damaged or not supported; NaN in a weight names it.
+            ConfigError: ``blocks`` does not fit its FFNs.
+            DataError: The calibration text is missing or too small.
+            ArtifactError: The folder cannot be written.
+        """
+        from dynaconv.profile.statistics import Summary
+        from dynaconv.profile.streaming import LayerStream
+
+        config, started = context.config, time.monotonic()
+        folder = context.inputs["dense"]
+        checkpoint = Checkpoint.open(folder)
+        edges = block_edges(checkpoint.sizes["ffn"], config.blocks)
+        sample, digest = _sample(checkpoint, context)
+        stream = LayerStream(checkpoint, trust_remote_code=config.trust_remote_code)
+        context.log.info("profile: computing in %s on %s", stream.dtype, stream.device)
+        felt = _felt(stream, sample, context) if config.profile.loss_aware else None
+        loss, half = _stream(stream, sample, edges, felt, context)
+        if not math.isfinite(loss):
+            found = f"{loss} nats a token, computed in {stream.dtype}"
+            raise CheckpointError("the model's loss on the calibration text is not finite", where=folder, found=found)
+        summary = Summary(
+            tokens=sample.tokens,
+            curve_tokens=sample.curve_tokens,
+            layers=checkpoint.layers,
+            blocks=config.blocks,
+            edges=edges,
+            loss=loss,
+            order=config.profile.order,
+            loss_aware=config.profile.loss_aware,
+            data=digest,
+            seed=config.seed,
+            dtype=str(stream.dtype).removeprefix("torch."),
+        )
+        summary.save(context.folder)
+        return {
+            "tokens": sample.tokens,
+            "loss": loss,
+            "tokens_per_s": sample.tokens / (time.monotonic() - started),
+            "half_width_error": half,
+            "curve_share": sample.curve_tokens / sample.tokens,
+        }
+
+
+def _sample(checkpoint: Checkpoint, context: StageContext) -> tuple[Sample, str]:
+    """Calibration batches of the training side of the text, and the text's digest."""
+    from dynaconv.data.corpus import load_corpus
+    from dynaconv.data.tokenizer import load_tokenizer
+    from dynaconv.data.windows import evaluation_batches
+    from dynaconv.profile.measure import Sample
+
+    config = context.config
+    corpus = load_corpus(
+        config.data,
+        load_tokenizer(checkpoint.folder, trust_remote_code=config.trust_remote_code),
+        train_tokens=config.profile.tokens,
+        validation_tokens=0,
+        max_positions=checkpoint.max_positions,
+        vocabulary=checkpoint.sizes["vocab"],
+        say=context.progress.say,
+    )
+    batches = list(evaluation_batches(corpus.train, config.profile.batch_size, seed=config.seed))
+    sample = Sample.of(batches, config.profile.curve_share)
+    if not sample.curve_tokens:
+        found = "documents of one token"
+        raise DataError("there is no text to measure on", where=f"data={config.data.train}", found=found)
+    return sample, corpus.digest
+
+
+def _felt(stream: LayerStream, sample: Sample, context: StageContext) -> torch.Tensor:
+    """What the loss feels of errors, (L, curve tokens): the backward pass."""
+    from dynaconv.profile.loss_aware import loss_weights
+
+    with context.progress.task("profile: loss", total=sample.curve_tokens, unit="tokens") as task:
+        return loss_weights(
+            stream,
+            sample,
+            trust_remote_code=context.config.trust_remote_code,
+            finished=lambda batch, tokens: task.advance(tokens, tokens=tokens),
+        )
+
+
+def _stream(
+    stream: LayerStream, sample: Sample, edges: tuple[int, ...], felt: torch.Tensor | None, context: StageContext
+) -> tuple[float, float]:
+    """Measures and writes layer by layer; the parent's loss, and the mean error at half width over layers."""
+    from dynaconv.profile.measure import measure_layer
+    from dynaconv.profile.statistics import open_writer, tensor_layout
+
+    layers, half = stream.checkpoint.layers, []
+    layout = tensor_layout(layers, stream.checkpoint.sizes["residual"], edges)
+    steps = layers * len(sample.batches)
+    with open_writer(context.folder, layout) as writer, context.progress.task("profile", steps, "batches") as task:
+        hidden = stream.embed(sample.batches)
+        for index in range(layers):
+            task.advance(0, note=f"layer {index + 1} of {layers}")
+            measured = measure_layer(
+                stream,
+                index,
+                hidden,
+                sample,
+                order=context.config.profile.order,
+                edges=edges,
+                weights=None if felt is None else felt[index],
+                finished=lambda batch: task.advance(tokens=batch.tokens / layers),
+            )
+            for name, tensor in measured.items():
+                writer.write(f"layers.{index}.{name}", tensor)
+            half.append(float(measured["curve_mean"][len(edges) // 2]))
+        loss = stream.loss(hidden, sample.batches)
+        task.advance(0, note=f"loss {loss:.3f}")
+    return loss, sum(half) / layers

@@ -1,0 +1,140 @@
+"""What is measured of a layer equals what the stock model shows to hooks, and padding never counts."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dynaconv.arch.blocks import block_edges
+from dynaconv.arch.checkpoint import Checkpoint
+from dynaconv.data.windows import Batch
+from dynaconv.dynamic.curves import log_errors, relative_errors
+from dynaconv.profile.measure import Sample, Tap, measure_layer, ranking
+from dynaconv.profile.streaming import LayerStream
+
+CPU = torch.device("cpu")
+EDGES = block_edges(96, 4)
+
+
+def measured(folder, sample: Sample, order: str = "importance", weights=None) -> list[dict[str, torch.Tensor]]:
+    stream = LayerStream(Checkpoint.open(folder), CPU)
+    hidden = stream.embed(sample.batches)
+    return [
+        measure_layer(
+            stream, i, hidden, sample, order=order, edges=EDGES, weights=None if weights is None else weights[i]
+        )
+        for i in range(stream.checkpoint.layers)
+    ]
+
+
+def by_hooks(folder, text: list[Batch]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """FFN inputs and activations of real tokens of the stock model, layer by layer."""
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    seen: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in stock.model.layers]
+    spec = Checkpoint.open(folder).family.ffn
+    for batch in text:
+        real = torch.ones_like(batch.input_ids).bool() if batch.attention_mask is None else batch.attention_mask
+        for i, layer in enumerate(stock.model.layers):
+            with Tap.on(layer.mlp, spec) as tap, torch.no_grad():
+                stock(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            seen[i].append((tap.x[real], tap.hidden[real]))
+    return [tuple(torch.cat(parts) for parts in zip(*layer, strict=True)) for layer in seen]
+
+
+def documents() -> list[torch.Tensor]:
+    torch.manual_seed(3)
+    return [torch.randint(0, 257, (length,)) for length in (24, 9, 17, 2, 24, 13)]
+
+
+def padded(rows: list[torch.Tensor], length: int = 24) -> Batch:
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    for row, document in zip(ids, rows, strict=True):
+        row[: len(document)] = document
+    return Batch(ids, torch.arange(length) < torch.tensor([len(d) for d in rows])[:, None])
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_statistics_equal_what_hooks_on_the_stock_model_see(family: str, tiny_checkpoint) -> None:
+    folder = tiny_checkpoint(family)
+    text = [padded(documents()[:4]), padded(documents()[4:])]
+    sample = Sample.of(text, 1.0)
+    predicts = torch.cat([mask[batch.attention_mask] for mask, batch in zip(sample.curve_masks, text, strict=True)])
+    downs = AutoModelForCausalLM.from_pretrained(folder).model.layers
+    for found, (x, h), layer in zip(measured(folder, sample), by_hooks(folder, text), downs, strict=True):
+        down = layer.mlp.down_proj.weight.detach()
+        torch.testing.assert_close(found["activation"], h.abs().mean(0))
+        torch.testing.assert_close(found["importance"], h.abs().mean(0) * down.norm(dim=0))
+        assert torch.equal(found["order"], found["importance"].argsort(descending=True, stable=True))
+        x, h = x[predicts], h[predicts]
+        errors = relative_errors(h, down, EDGES, found["order"])
+        features = torch.cat([x, torch.ones(len(x), 1)], 1)
+        torch.testing.assert_close(found["curve_mean"], errors.mean(0))
+        close = {"rtol": 1e-4, "atol": 1e-3}
+        torch.testing.assert_close(found["feature_gram"], features.T @ features, **close)
+        torch.testing.assert_close(found["feature_target"], features.T @ log_errors(errors), **close)
+        ranks = [math.ceil(share * len(errors)) - 1 for share in (0.1, 0.5, 0.9)]
+        torch.testing.assert_close(found["curve_quantiles"], errors.sort(0).values[ranks], rtol=0.007, atol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_padding_never_counts(family: str, tiny_checkpoint) -> None:
+    folder = tiny_checkpoint(family)
+    together = Sample.of([padded(documents(), 40)], 1.0)
+    apart = Sample.of([Batch(document[None]) for document in documents()], 1.0)
+    assert (together.tokens, together.curve_tokens) == (apart.tokens, apart.curve_tokens)
+    assert together.tokens == sum(len(document) for document in documents())
+    for one, other in zip(measured(folder, together), measured(folder, apart), strict=True):
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-4)
+
+
+def test_curves_are_measured_on_the_first_share_of_the_windows() -> None:
+    text = [Batch(torch.zeros(4, 6, dtype=torch.int64)) for _ in range(3)]
+    masks = Sample.of(text, 0.5).curve_masks
+    assert [mask.any(dim=1).tolist() for mask in masks] == [[True] * 4, [True, True, False, False], [False] * 4]
+    assert all(not bool(mask[:, -1].any()) for mask in masks)
+    assert Sample.of(text, 0.5).curve_tokens == 6 * 5
+    assert Sample.of(text, 1e-9).curve_tokens == 5
+
+
+def test_ranking_is_stable_and_can_be_none() -> None:
+    importance = torch.tensor([1.0, 3.0, 1.0, 5.0, 3.0])
+    assert ranking(importance, "importance").tolist() == [3, 1, 4, 0, 2]
+    assert ranking(importance, "none").tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="importance, none"):
+        ranking(importance, "alphabetical")
+
+
+def test_weights_shift_the_regression_target_only(tiny_checkpoint) -> None:
+    folder, sample = tiny_checkpoint(), Sample.of([padded(documents())], 1.0)
+    weights = torch.rand(2, sample.curve_tokens) + 0.5
+    plain, weighted = measured(folder, sample), measured(folder, sample, weights=weights)
+    for layer, (one, other) in enumerate(zip(plain, weighted, strict=True)):
+        shift = other["feature_target"] - one["feature_target"]
+        bias = weights[layer].log().sum().expand(len(EDGES) - 1)  # the row of the constant feature
+        torch.testing.assert_close(shift[-1], bias, rtol=1e-4, atol=1e-3)
+        for name in one.keys() - {"feature_target"}:
+            assert torch.equal(one[name], other[name])
+
+
+def test_ordering_pays_on_a_real_model(shared) -> None:
+    """At half width a trained model loses less with its neurons in order of importance."""
+    from dynaconv.data.tokenizer import load_tokenizer
+
+    folder = shared / "models" / "base-code-4m"
+    if not folder.is_dir():
+        pytest.skip("no ../shared/models/base-code-4m")
+    text = (shared / "data" / "python-valid.txt").read_text(encoding="utf-8")[:20_000]
+    ids = torch.tensor(load_tokenizer(folder)(text, verbose=False)["input_ids"])[: 16 * 256]
+    sample, edges = Sample.of([Batch(ids.view(16, 256))], 0.5), block_edges(1024, 8)
+    half = {}
+    for order in ("importance", "none"):
+        stream = LayerStream(Checkpoint.open(folder), CPU)
+        hidden = stream.embed(sample.batches)
+        curves = [
+            measure_layer(stream, i, hidden, sample, order=order, edges=edges)["curve_mean"]
+            for i in range(stream.checkpoint.layers)
+        ]
+        half[order] = float(torch.stack(curves)[:, 4].mean())
+    assert half["importance"] < 0.9 * half["none"], half
