@@ -187,6 +187,7 @@ def write_checkpoint(model: Any, context: StageContext, tuning: FinetuneConfig) 
         for name, dtype, _ in layout:
             writer.write(name, state[name].detach().to("cpu", dtype))
     copy_side_files(carved, folder)
+    shutil.copyfile(carved / "config.json", folder / "config.json")
     model.layout.save(folder)
     if model.layout.router.kind != "none":
         write_tensors(folder / ROUTER_FILE, {name: t.cpu() for name, t in model.router_state().items()})
