@@ -5,7 +5,8 @@ down. Neither records gradients; ``reference`` is for training.
 
 * ``prefix_ffn``: all tokens use the same width, so one slice of each matrix is all there is.
 * ``staircase_ffn``: tokens differ. Sorted by width, descending, every block is used by a contiguous prefix of the rows,
-  so each weight is read once, by exactly the tokens that want it. Adjacent blocks used by the same rows are one step.
+  so each weight is read once, by exactly the tokens that want it. Adjacent blocks used by the same rows are one step,
+  and so are blocks whose rows differ by less than another step would cost: what is computed in vain is put to zero.
 
 Shapes: M tokens, D residual width, F neurons, N blocks.
 """
@@ -13,12 +14,26 @@ Shapes: M tokens, D residual width, F neurons, N blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import linear
 
-from dynaconv.kernels.reference import hidden_neurons
 from dynaconv.kernels.weights import FFNWeights
+
+STEP_COST = {torch.bfloat16: 16 << 20, torch.float16: 16 << 20}
+STEP_COST_OTHER = 2 << 20
+"""What one more matrix product costs beside its arithmetic, in multiply-adds: some 30 us of one core, in which half
+precision does more of them. Found by trying 0 to 128 million at D x F of 256 x 1024, 1024 x 3072 and 2048 x 8192 with
+2 to 256 tokens. Within a factor of 2 the choice hardly matters; 0 loses 10 % at D 2048 and half at D 256 in bf16."""
+
+
+class Step(NamedTuple):
+    """The first ``rows`` of the sorted tokens use neurons [start, stop)."""
+
+    rows: int
+    start: int
+    stop: int
 
 
 @torch.no_grad()
@@ -54,16 +69,23 @@ def staircase_ffn(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, ed
         ``(M, D)``, always a new tensor.
     """
     ordered, order = widths.sort(descending=True)
+    steps = stairs(ordered.tolist(), edges)
+    if not steps:
+        return _no_blocks(x, weights)
+    slack = STEP_COST.get(x.dtype, STEP_COST_OTHER) // x.shape[1]  # in row-neurons of one matrix product
+    shapes = steps if x.dtype not in STEP_COST else [step._replace(rows=_grain(step.rows, len(x))) for step in steps]
     rows = x[order]
-    total = _no_blocks(x, weights)
-    for count, start, stop in stairs(ordered.tolist(), edges):
-        hidden = _neurons(rows[:count], weights, start, stop)
-        total[:count].addmm_(hidden, weights.down[:, start:stop].t())
+    hidden = x.new_empty(len(x), edges[-1])  # not only to the last step: the row stride is part of a product's shape
+    for count, start, stop in merge(shapes, slack if weights.gate is None else slack // 2):
+        _neurons(rows[:count], weights, start, stop, out=hidden[:count, start:stop])
+    for count, start, stop in steps:
+        hidden[count:, start:stop].zero_()
+    total = _down(hidden, merge(shapes, slack), weights)
     return torch.empty_like(total).index_copy_(0, order, total)
 
 
-def stairs(widths: Sequence[int], edges: Sequence[int]) -> list[tuple[int, int, int]]:
-    """The steps of a staircase: (rows, first neuron, end neuron), neurons ascending, rows falling.
+def stairs(widths: Sequence[int], edges: Sequence[int]) -> list[Step]:
+    """The steps of a staircase, neurons ascending, rows falling.
 
     Args:
         widths: Descending, one a row.
@@ -72,25 +94,75 @@ def stairs(widths: Sequence[int], edges: Sequence[int]) -> list[tuple[int, int, 
     Returns:
         Steps that together cover neurons [0, edges[widths[0]]) once; none where every width is 0.
     """
-    steps: list[tuple[int, int, int]] = []
+    steps: list[Step] = []
     done = 0
     for count in range(len(widths), 0, -1):
         width = widths[count - 1]
         if width > done:
-            steps.append((count, edges[done], edges[width]))
+            steps.append(Step(count, edges[done], edges[width]))
             done = width
     return steps
 
 
-def _neurons(x: torch.Tensor, weights: FFNWeights, start: int, stop: int) -> torch.Tensor:
-    """Neurons [start, stop) of the network: ``(M, D)`` to ``(M, stop - start)``."""
-    part = weights._replace(
-        gate=None if weights.gate is None else weights.gate[start:stop],
-        up=weights.up[start:stop],
-        gate_bias=None if weights.gate_bias is None else weights.gate_bias[start:stop],
-        up_bias=None if weights.up_bias is None else weights.up_bias[start:stop],
-    )
-    return hidden_neurons(x, part)
+def merge(steps: Sequence[Step], slack: int) -> list[Step]:
+    """Joins adjacent steps as long as that adds at most ``slack`` row-neurons that nobody asked for.
+
+    Args:
+        steps: As :func:`stairs` gives them.
+        slack: Largest sum over a joined step of rows too many times neurons.
+
+    Returns:
+        Fewer steps over the same neurons, each with the rows of its first.
+    """
+    joined: list[Step] = []
+    waste = 0
+    for step in steps:
+        if joined:
+            last = joined[-1]
+            waste += (last.rows - step.rows) * (step.stop - step.start)
+            if waste <= slack:
+                joined[-1] = last._replace(stop=step.stop)
+                continue
+        joined.append(step)
+        waste = 0
+    return joined
+
+
+def _grain(count: int, rows: int) -> int:
+    """``count`` rounded up to one of 8 sizes an octave, at most ``rows``.
+
+    In half precision oneDNN compiles a kernel for every new shape, which takes about a millisecond: as long as the
+    product of 1024 neurons and 80 rows. Left alone, the row counts of a staircase would go on bringing new shapes.
+    """
+    grain = 1 << max(0, count.bit_length() - 4)
+    return min(rows, -(-count // grain) * grain)
+
+
+def _down(hidden: torch.Tensor, steps: Sequence[Step], weights: FFNWeights) -> torch.Tensor:
+    """The down projection of ``hidden`` ``(M, F')``, whose unused neurons are zero, step by step: ``(M, D)``."""
+    rows, _, stop = steps[0]
+    total = hidden.new_empty(len(hidden), len(weights.down))
+    if weights.down_bias is None:
+        torch.mm(hidden[:rows, :stop], weights.down[:, :stop].t(), out=total[:rows])
+        total[rows:].zero_()
+    else:
+        total.copy_(weights.down_bias)
+        total[:rows].addmm_(hidden[:rows, :stop], weights.down[:, :stop].t())
+    for rows, start, stop in steps[1:]:
+        total[:rows].addmm_(hidden[:rows, start:stop], weights.down[:, start:stop].t())
+    return total
+
+
+def _neurons(
+    x: torch.Tensor, weights: FFNWeights, start: int, stop: int, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Neurons [start, stop) of the network, into ``out`` where given: ``(M, D)`` to ``(M, stop - start)``."""
+    up = linear(x, weights.up[start:stop], None if weights.up_bias is None else weights.up_bias[start:stop])
+    if weights.gate is None:
+        active = weights.activation(up)
+        return active if out is None else out.copy_(active)
+    bias = None if weights.gate_bias is None else weights.gate_bias[start:stop]
+    return torch.mul(weights.activation(linear(x, weights.gate[start:stop], bias)), up, out=out)
 
 
 def _no_blocks(x: torch.Tensor, weights: FFNWeights) -> torch.Tensor:
