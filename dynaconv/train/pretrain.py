@@ -1,0 +1,244 @@
+"""Trains a small dense Llama from nothing: tokenizer, weights, held-out loss, a folder that stock tools load.
+
+This is where the embedded default comes from (``defaults.py``) and what ``scripts/pretrain_base.py`` runs at larger
+shapes. It is no stage: it makes the dense checkpoint that a conversion starts from.
+
+The learning rate warms up, stays, and decays linearly to zero over the last part of the run. On a CPU with a fixed
+number of threads, the same settings and text give the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynaconv.artifacts.files import fsync_tree, partial_name, storage_errors, write_json
+from dynaconv.config import DataConfig
+from dynaconv.data.corpus import Corpus, load_corpus
+from dynaconv.data.windows import Batch, evaluation_batches, training_batch
+from dynaconv.errors import ArtifactError, ConfigError, QualityError
+from dynaconv.progress import Progress
+from dynaconv.train.shape import Shape, build, train_tokenizer
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How much is trained, and how; the defaults are the embedded base's.
+
+    Attributes:
+        tokens: Training tokens; text that is shorter is gone through more than once.
+        batch_size: Windows in an optimiser step.
+        accumulation: Micro-batches a step is cut into.
+        learning_rate: Peak.
+        warmup_share: Share of the steps in which the rate climbs.
+        decay_share: Share of the steps, at the end, in which it falls to zero.
+        weight_decay: Decoupled weight decay on matrices.
+        clip: Largest gradient norm.
+        precision: ``fp32``, or ``bf16`` for autocast; what is saved is fp32 either way.
+        validation_tokens: Held-out tokens that are scored at the end.
+        seed: Seeds initialisation and data order.
+        threads: CPU threads; ``None`` leaves torch's choice.
+    """
+
+    tokens: int = 1_500_000
+    batch_size: int = 8
+    accumulation: int = 1
+    learning_rate: float = 3e-3
+    warmup_share: float = 0.02
+    decay_share: float = 0.4
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    precision: str = "fp32"
+    validation_tokens: int = 65536
+    seed: int = 0
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """Everything the result depends on."""
+
+    shape: Shape = field(default_factory=Shape)
+    schedule: Schedule = field(default_factory=Schedule)
+    data: DataConfig = field(default_factory=lambda: DataConfig(sequence_length=128))
+
+
+def pretrain(out: Path, settings: Pretraining, progress: Progress, *, device: str = "cpu") -> dict[str, Any]:
+    """Trains and saves a checkpoint in ``out``, which appears whole or not at all.
+
+    Besides the checkpoint and its tokenizer, ``out`` gets ``pretraining.json`` (settings and measurements) and a
+    README.
+
+    Returns:
+        What was measured: ``parameters``, ``tokens``, ``steps``, ``seconds`` (in all), ``training_seconds``,
+        ``tokens_per_second``, ``train_loss`` and ``validation_loss`` (nats per token).
+
+    Raises:
+        ConfigError: Sizes that cannot be.
+        DataError: Too little text.
+        ArtifactError: ``out`` exists, or cannot be written.
+        QualityError: The loss stopped being a number.
+    """
+    problems = settings.shape.problems()
+    if problems:
+        raise ConfigError.from_problems(problems, where="shape")
+    if out.exists():
+        raise ArtifactError("the output folder exists", where=out, hint="choose another one, or remove it")
+    started = time.monotonic()
+    with _threads(settings.schedule.threads):
+        progress.say(f"pretraining a base model on {', '.join(settings.data.train)}")
+        tokenizer = train_tokenizer(settings.data, settings.shape)
+        corpus = load_corpus(
+            settings.data,
+            tokenizer,
+            train_tokens=settings.schedule.tokens,
+            validation_tokens=settings.schedule.validation_tokens,
+            max_positions=settings.shape.positions,
+            vocabulary=settings.shape.vocabulary,
+            accept_less=True,
+            say=progress.say,
+        )
+        model = build(settings.shape, settings.schedule.seed).to(device)
+        measured = _train(model, corpus, settings.schedule, progress)
+        measured["validation_loss"] = held_out_loss(model, corpus, settings.schedule)
+    measured["seconds"] = round(time.monotonic() - started, 2)
+    _save(out, model.cpu(), tokenizer, settings, {**measured, "data_digest": corpus.digest})
+    progress.say(
+        f"base model: {measured['parameters'] / 1e6:.2f}M parameters, {measured['tokens'] / 1e6:.2f}M tokens, "
+        f"held-out loss {measured['validation_loss']:.3f} nats per token, {measured['seconds']:.0f} s; in {out}"
+    )
+    return measured
+
+
+def rate(step: int, steps: int, schedule: Schedule) -> float:
+    """Factor on the peak learning rate at ``step`` (from 0): up, level, and linearly down to almost zero."""
+    warmup = max(1, round(steps * schedule.warmup_share))
+    decay = max(1, round(steps * schedule.decay_share))
+    return min(1.0, (step + 1) / warmup, (steps - step) / decay)
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, corpus: Corpus, schedule: Schedule) -> float:
+    """Mean loss on held-out windows, in nats per token that is predicted."""
+    model.eval()
+    total, count = 0.0, 0
+    for batch in evaluation_batches(corpus.validation, schedule.batch_size, schedule.validation_tokens):
+        total += float(_summed_loss(model, batch, schedule))
+        count += int((batch.labels[:, 1:] >= 0).sum())
+    return total / max(1, count)
+
+
+def _train(model: Any, corpus: Corpus, schedule: Schedule, progress: Progress) -> dict[str, Any]:
+    tokens_per_step = schedule.batch_size * corpus.train.length
+    steps = max(1, schedule.tokens // tokens_per_step)
+    optimizer = _optimizer(model, schedule)
+    model.train()
+    recent: list[float] = []
+    started = time.monotonic()
+    with progress.task("pretrain", total=steps, unit="steps") as task:
+        for step in range(steps):
+            batch = training_batch(corpus.train, step, schedule.batch_size, schedule.seed)
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.learning_rate * rate(step, steps, schedule)
+            loss = _step(model, optimizer, batch, schedule)
+            if not math.isfinite(loss):
+                where = f"pretraining, step {step + 1} of {steps}"
+                raise QualityError("the loss is no longer a number", where=where, hint="lower the learning rate")
+            recent = [*recent[-49:], loss]
+            task.advance(1, tokens=tokens_per_step, note=f"loss {sum(recent) / len(recent):.3f}")
+    seconds = time.monotonic() - started
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": steps,
+        "tokens": steps * tokens_per_step,
+        "train_loss": sum(recent) / len(recent),
+        "training_seconds": round(seconds, 2),
+        "tokens_per_second": round(steps * tokens_per_step / seconds),
+    }
+
+
+def _step(model: Any, optimizer: torch.optim.Optimizer, batch: Batch, schedule: Schedule) -> float:
+    """One optimiser step; mean loss over the whole batch in nats per token."""
+    count = max(1, int((batch.labels[:, 1:] >= 0).sum()))
+    total = 0.0
+    for part in batch.split(schedule.accumulation):
+        loss = _summed_loss(model, part, schedule) / count
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+    torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def _summed_loss(model: Any, batch: Batch, schedule: Schedule) -> Tensor:
+    """Cross-entropy summed over the predicted tokens of ``batch``, in nats."""
+    moved = batch.to(model.device)
+    bf16 = schedule.precision == "bf16"
+    with torch.autocast(model.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
+        logits = model(input_ids=moved.input_ids, attention_mask=moved.attention_mask, use_cache=False).logits
+    logits = logits[:, :-1].flatten(0, 1).float()  # (B * (T - 1), V)
+    return torch.nn.functional.cross_entropy(logits, moved.labels[:, 1:].flatten(), reduction="sum")
+
+
+def _optimizer(model: Any, schedule: Schedule) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": schedule.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _save(out: Path, model: Any, tokenizer: Any, settings: Pretraining, measured: dict[str, Any]) -> None:
+    partial = partial_name(out)
+    with storage_errors(out):
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            partial.mkdir()
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            versions = {"python": platform.python_version(), "torch": torch.__version__}
+            record = {"settings": asdict(settings), "measured": measured, "versions": versions}
+            write_json(partial / "pretraining.json", record)
+            (partial / "README.md").write_text(_readme(settings, measured), encoding="utf-8")
+            fsync_tree(partial)
+            partial.rename(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _readme(settings: Pretraining, measured: dict[str, Any]) -> str:
+    return f"""# A small base model made by dynaconv
+
+A dense Llama trained from random weights on {", ".join(settings.data.train)}, to have something to convert.
+Not good for anything else.
+
+| parameters | training tokens | held-out loss, nats per token | seconds |
+| --- | --- | --- | --- |
+| {measured["parameters"]:,} | {measured["tokens"]:,} | {measured["validation_loss"]:.4f} | {measured["seconds"]} |
+
+Shape: `{json.dumps(asdict(settings.shape))}`. Everything else is in `pretraining.json`.
+"""
