@@ -113,12 +113,13 @@ def _devices() -> Iterator[Finding]:
 
 def _storage() -> Iterator[Finding]:
     from dynaconv.memory import available_bytes
+    from dynaconv.train.defaults import cache_folder
 
     memory = available_bytes()
     if memory is not None:
         yield Finding(FINE, "memory", f"{size_text(memory)} available")
     yield Finding(FINE, "disk", f"{size_text(shutil.disk_usage(Path.cwd()).free)} free in {Path.cwd()}")
-    cache = Path(os.environ.get("DYNACONV_CACHE", "~/.cache/dynaconv")).expanduser()
+    cache = cache_folder()
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())
     writable = there.is_dir() and os.access(there, os.W_OK)
     words = f"{cache}, for the embedded default" if writable else f"{cache} cannot be written: set DYNACONV_CACHE"

@@ -47,7 +47,7 @@ def print_stages(found: Mapping[str, Any]) -> None:
 
 def _metrics(metrics: Mapping[str, Any]) -> str:
     """The first few plain numbers."""
-    plain = [(name, value) for name, value in metrics.items() if isinstance(value, (int, float))]
+    plain = [(name, value) for name, value in metrics.items() if type(value) in (int, float)]
     return "  ".join(f"{name} {value:.5g}" for name, value in plain[:SHOWN_METRICS])
 
 

@@ -135,8 +135,8 @@ def _short_name(source: str) -> str:
 def fill_source(config: RunConfig, *, quiet: bool) -> None:
     """Puts the embedded default where no source was given; it is made first if need be."""
     if not config.source:
-        from dynaconv.data.defaults import default_source
         from dynaconv.progress import Progress
+        from dynaconv.train.defaults import default_source
 
         with Progress(quiet=quiet) as progress:
             config.source = str(default_source(progress))

@@ -1,0 +1,116 @@
+"""The schema's own checks: defaults pass, every mistake is said, all of them at once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from dynaconv.config import ALLOWED, RunConfig, leaves, problems
+
+WRONG: dict[str, list[Any]] = {
+    "stages": [[], ["profile", "profile"]],
+    "blocks": [0, 65, -1],
+    "seed": [-1],
+    "data.train": [[], [""], ["a", " "]],
+    "data.validation": [[]],
+    "data.validation_share": [0.0, 1.0, math.nan],
+    "data.field": [""],
+    "data.sequence_length": [0, 1],
+    "profile.tokens": [0],
+    "profile.batch_size": [0],
+    "profile.curve_share": [0.0, 1.1],
+    "profile.order": ["random"],
+    "carve.router": ["gate"],
+    "carve.ridge": [0.0, math.inf],
+    "finetune.tokens": [0],
+    "finetune.batch_size": [0],
+    "finetune.accumulation": [0],
+    "finetune.router": ["", "gates"],
+    "finetune.teacher": ["mother"],
+    "finetune.learning_rate": [0.0, -1.0, math.nan],
+    "finetune.router_learning_rate": [-1e-3],
+    "finetune.warmup_steps": [-1],
+    "finetune.weight_decay": [-0.1],
+    "finetune.clip": [0.0],
+    "finetune.uniform_share": [-0.1, 1.1],
+    "finetune.budgets": [[0.5], [0.0, 0.5], [0.6, 0.5], [0.5, 1.5], [0.1, 0.2, 0.3]],
+    "finetune.full_weight": [1.5],
+    "finetune.router_rank": [-1],
+    "finetune.theta": [0.0],
+    "finetune.precision": ["fp16"],
+    "finetune.save_every": [0],
+    "finetune.wandb": ["on"],
+    "calibrate.budgets": [[], [0.0], [0.5, 0.25], [0.5, 0.5], [1.5], [math.nan]],
+    "calibrate.tokens": [0],
+    "calibrate.tolerance": [0.0],
+    "calibrate.speed_tokens": [-1],
+    "export.target": ["gguf"],
+}
+
+
+def put(config: RunConfig, name: str, value: Any) -> None:
+    *sections, last = name.split(".")
+    target: Any = config
+    for section in sections:
+        target = getattr(target, section)
+    setattr(target, last, value)
+
+
+def test_defaults_are_right() -> None:
+    assert problems(RunConfig()) == []
+
+
+def test_every_rule_is_about_a_field() -> None:
+    assert set(ALLOWED) <= {name for name, _ in leaves(RunConfig())}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in WRONG for value in WRONG[name]])
+def test_a_wrong_value_is_named_with_what_is_allowed(name: str, value: Any) -> None:
+    config = RunConfig()
+    put(config, name, value)
+    (sentence, *_) = [found for found in problems(config) if found.startswith(f"{name} is ")]
+    assert repr(value) in sentence
+    assert ALLOWED[name].words in sentence
+
+
+def test_a_near_miss_is_suggested() -> None:
+    config = RunConfig()
+    config.finetune.precision = "bf-16"
+    assert problems(config) == ["finetune.precision is 'bf-16'; it must be one of fp32, bf16 ('bf16'?)"]
+
+
+def test_all_mistakes_at_once() -> None:
+    config = RunConfig()
+    for name, values in WRONG.items():
+        put(config, name, values[0])
+    found = problems(config)
+    for name in WRONG:
+        assert any(sentence.startswith(f"{name} is ") for sentence in found), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"finetune.batch_size": 16, "finetune.accumulation": 3}, "finetune.accumulation"),
+        ({"finetune.tokens": 100}, "finetune.tokens"),
+        ({"profile.tokens": 100}, "profile.tokens"),
+        ({"calibrate.tokens": 100}, "calibrate.tokens"),
+        ({"calibrate.score_tokens": 100}, "calibrate.score_tokens"),
+    ],
+)
+def test_fields_that_do_not_go_together(changes: dict[str, Any], named: str) -> None:
+    config = RunConfig()
+    for name, value in changes.items():
+        put(config, name, value)
+    (sentence,) = problems(config)
+    assert sentence.startswith(f"{named} is ")
+
+
+def test_stages_that_do_not_run_are_not_compared() -> None:
+    config = RunConfig(stages=["profile", "carve", "calibrate", "export"])
+    config.finetune.tokens = 100
+    assert problems(config) == []
+    config.finetune.router = "gates"
+    assert len(problems(config)) == 1, "a value that is never allowed is wrong all the same"
