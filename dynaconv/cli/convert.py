@@ -11,7 +11,7 @@ from dynaconv.artifacts.files import size_text
 from dynaconv.cli.listing import print_stages
 from dynaconv.cli.output import in_short, print_json, print_note, print_table, say
 from dynaconv.cli.request import Request, fill_source, request
-from dynaconv.errors import DynaconvError
+from dynaconv.errors import ArtifactError, DynaconvError
 
 if TYPE_CHECKING:
     from dynaconv.pipeline.plan import Plan
@@ -114,20 +114,34 @@ def _planned(asked: Request, until: str | None, redo: str | None) -> tuple[Plan 
     from dynaconv.artifacts.source import resolve
     from dynaconv.pipeline.plan import make_plan
 
-    mistakes = asked.draft.mistakes
     try:
-        fill_source(asked.config, quiet=False)
-        source = resolve(asked.config.source)
+        source = resolve(asked.config.source or _embedded())
         run = Run.open(asked.run) if (asked.run / MANIFEST_FILE).is_file() else None
     except DynaconvError as error:
         found = asked.problems(until, redo)
         return None, [*found, str(error)], 2 if found else error.exit_code
+    mistakes = asked.draft.mistakes
     made = make_plan(asked.config, run, source, until=until, redo=redo)
     return made, [*mistakes, *made.problems], 2 if mistakes else made.exit_code
 
 
+def _embedded() -> str:
+    """The embedded default, if it was made before: a plan writes nothing, so it makes none.
+
+    Raises:
+        ArtifactError: It was not made yet.
+    """
+    from dynaconv.train.defaults import default_folder
+
+    folder = default_folder()
+    if not (folder / "config.json").is_file():
+        hint = "name a SOURCE, or let `dynaconv convert --until profile` make the default, in about a minute"
+        raise ArtifactError("no SOURCE given, and the embedded default was not made yet", where=folder, hint=hint)
+    return str(folder)
+
+
 def _show(asked: Request, made: Plan | None, problems: list[str]) -> None:
-    say(f"source  {asked.config.source}")
+    say(f"source  {asked.config.source or 'the embedded default'}")
     say(f"run     {asked.run}")
     if made is not None and made.stages:
         rows = [
@@ -149,4 +163,4 @@ def _show(asked: Request, made: Plan | None, problems: list[str]) -> None:
     if problems:
         print_note(f"{len(problems)} mistake{'s' * (len(problems) > 1)}:")
     for number, problem in enumerate(problems, 1):
-        print_note(f"  {number}. {problem}")
+        print_note(f"  {number}. " + problem.replace("\n", "\n   "))

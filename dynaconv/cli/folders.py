@@ -10,9 +10,10 @@ from dynaconv.artifacts.files import read_json
 from dynaconv.artifacts.manifest import MANIFEST_FILE
 from dynaconv.artifacts.run import Run
 from dynaconv.calibrate.frontier import FRONTIER_FILE, PICTURE_FILE, Frontier
-from dynaconv.dynamic.layout import LAYOUT_FILE, OPERATING_POINT_FILE, Layout
+from dynaconv.dynamic.layout import LAYOUT_FILE, OPERATING_POINT_FILE, ROUTER_FILE, Layout
 from dynaconv.errors import ArtifactError
 
+CONFIG_FILE = "config.json"
 # Where a run holds a model that can be loaded, the most finished first.
 LOADABLE = ("export", "calibrate", "finetune", "carve")
 
@@ -85,9 +86,35 @@ def model_folder(path: Path) -> Path:
     run = Run.open(folder)
     for stage in LOADABLE:
         record = run.manifest.record(stage)
-        if record is not None and (run.folder(record) / "config.json").is_file():
+        if record is not None and (run.folder(record) / CONFIG_FILE).is_file():
             return run.folder(record)
     raise ArtifactError("this run holds no model yet", where=folder, hint=f"dynaconv convert {folder}")
+
+
+def scored_folder(path: Path) -> Path:
+    """As :func:`model_folder`; a dense checkpoint will do too.
+
+    Raises:
+        ArtifactError: ``path`` holds no model.
+    """
+    folder = path.expanduser()
+    dense = (folder / CONFIG_FILE).is_file() and not (folder / LAYOUT_FILE).is_file()
+    return folder if dense else model_folder(folder)
+
+
+def check_weights(folder: Path) -> None:
+    """Looks at everything but the weights' values, so that a damaged folder gets one clear message.
+
+    Raises:
+        CheckpointError: Tensors are missing, truncated or of another shape than ``config.json`` says.
+        ArtifactError: The routers are missing or damaged.
+    """
+    from dynaconv.arch.checkpoint import Checkpoint
+    from dynaconv.artifacts.tensors import read_tensors
+
+    Checkpoint.open(folder)
+    if (folder / LAYOUT_FILE).is_file() and read_layout(folder).router.kind != "none":
+        read_tensors(folder / ROUTER_FILE)
 
 
 def read_layout(folder: Path) -> Layout:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dynaconv.cli.folders import model_folder, read_layout
+from dynaconv.cli.folders import check_weights, model_folder, read_layout, scored_folder
 from dynaconv.cli.output import print_json, print_table
 from dynaconv.errors import ArtifactError, CheckpointError, ConfigError, QualityError
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dynaconv.dynamic.dial import Dial
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A converted model, or a run that holds one.")]
+Scored = Annotated[Path, typer.Argument(metavar="MODEL", help="A converted model, a run, or a dense checkpoint.")]
 DialOption = Annotated[
     str | None,
     typer.Option(
@@ -25,7 +26,7 @@ DialOption = Annotated[
 
 
 def evaluate(
-    model: Model,
+    model: Scored,
     data: Annotated[str, typer.Option(metavar="SPEC", help="Text: a file, glob, folder, data set or python-stdlib.")],
     dial: DialOption = None,
     overrides: Annotated[
@@ -34,12 +35,13 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
-    """Score a converted model on text, at one point of its dial."""
+    """Score a model on text, at one point of its dial. A dense checkpoint is scored by the same code."""
     from dynaconv.evaluation.perplexity import evaluate_folder
     from dynaconv.recipes import compose
 
-    folder = model_folder(model)
+    folder = scored_folder(model)
     chosen = chosen_dial(folder, dial)
+    check_weights(folder)
     config = compose(overrides=[f"data={data}", *(overrides or [])]).data
     scores = evaluate_folder(folder, chosen, config)
     if as_json:
@@ -61,6 +63,7 @@ def generate(
     """Continue a text at one point of the dial, greedily, token by token."""
     folder = model_folder(model)
     chosen = chosen_dial(folder, dial)
+    check_weights(folder)
 
     import torch
     from transformers import AutoTokenizer, TextStreamer

@@ -42,9 +42,7 @@ def default_source(progress: Progress, settings: Pretraining | None = None) -> P
         DataError: This Python comes without its standard library's source.
     """
     settings = settings or embedded_settings()
-    python = ".".join(platform.python_version_tuple()[:2])
-    parts = {"recipe": RECIPE, "settings": asdict(settings), "python": python, "text": digest(settings.data)}
-    folder = cache_folder() / f"base-{fingerprint(parts)[:16]}"
+    folder = default_folder(settings)
     if (folder / "config.json").is_file():
         return folder
     with _alone(folder, progress):
@@ -54,6 +52,14 @@ def default_source(progress: Progress, settings: Pretraining | None = None) -> P
             progress.say("no SOURCE given: making the embedded base model, once, in about a minute")
             pretrain(folder, settings, progress)
     return folder
+
+
+def default_folder(settings: Pretraining | None = None) -> Path:
+    """Where the base of these settings and this Python's text is, or will be once it is made."""
+    settings = settings or embedded_settings()
+    python = ".".join(platform.python_version_tuple()[:2])
+    parts = {"recipe": RECIPE, "settings": asdict(settings), "python": python, "text": digest(settings.data)}
+    return cache_folder() / f"base-{fingerprint(parts)[:16]}"
 
 
 def cache_folder() -> Path:
