@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
@@ -41,6 +41,8 @@ class Task:
         done: How many items are finished.
         tokens: Tokens gone through since the start.
         note: Last thing worth knowing, such as the loss.
+        started: When this process began it, by the monotonic clock.
+        first: How many items were finished then.
     """
 
     progress: Progress
@@ -50,7 +52,7 @@ class Task:
     done: float = 0
     tokens: float = 0
     note: str = ""
-    started: float = field(default_factory=time.monotonic)
+    started: float = 0
     first: float = 0
 
     def advance(self, count: float = 1, *, tokens: float = 0, note: str | None = None) -> None:
@@ -145,7 +147,7 @@ class Progress:
     @contextmanager
     def task(self, name: str, total: float, unit: str = "items", *, done: float = 0) -> Iterator[Task]:
         """Shows ``name`` counting up to ``total``, from ``done`` on where an interrupted task goes on."""
-        task = Task(self, name, total, unit, done=done, first=done)
+        task = Task(self, name, total, unit, done=done, first=done, started=time.monotonic())
         self._tasks.append(task)
         self._start()
         self._last_line = time.monotonic()

@@ -37,8 +37,10 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """One ``"field: old -> new"`` for each field that differs, in order of names; long hashes are cut short."""
-    names = sorted(name for name in {*old, *new} if old.get(name, ABSENT) != new.get(name, ABSENT))
-    return [f"{name}: {_shown(old.get(name, ABSENT))} -> {_shown(new.get(name, ABSENT))}" for name in names]
+    pairs = [(name, old.get(name, ABSENT), new.get(name, ABSENT)) for name in sorted({*old, *new})]
+    # As JSON, not with ==, for which 1, 1.0 and true are one value: the hash tells them apart.
+    differing = [(name, then, now) for name, then, now in pairs if json.dumps(then) != json.dumps(now)]
+    return [f"{name}: {_shown(then)} -> {_shown(now)}" for name, then, now in differing]
 
 
 def _shown(value: Any) -> str:

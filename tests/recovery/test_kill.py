@@ -1,0 +1,167 @@
+"""Killed at any instant, a run finishes with the same bytes."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import fake_stages
+import pytest
+from fake_stages import FAKES, USUAL, FakeStage, contents, leftovers, make_config, make_source
+
+from dynaconv.artifacts.manifest import Manifest
+from dynaconv.artifacts.run import Run
+from dynaconv.config import RunConfig
+from dynaconv.pipeline import registry
+from dynaconv.pipeline.runner import run_pipeline, status
+from dynaconv.progress import Progress
+
+PAUSE = 0.01
+# Calls after which the disk is in another state; a kill between any two of them is a case of its own.
+CALLS = ("rename", "replace", "unlink", "rmdir", "mkdir", "fsync")
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    monkeypatch.setattr(registry, "STAGES", FAKES)
+    return make_config(make_source(tmp_path / "model"))
+
+
+def go(config: RunConfig, path: Path, redo: str | None = None) -> None:
+    run_pipeline(config, Run.create(path), redo=redo, progress=Progress(quiet=True))
+
+
+def test_sigkill_at_random_instants(config: RunConfig, tmp_path: Path) -> None:
+    go(config, tmp_path / "whole")
+    expected = contents(tmp_path / "whole")
+    run, kills = tmp_path / "run", 0
+    chance = random.Random(1)
+    command = [sys.executable, fake_stages.__file__, config.source, str(run), str(PAUSE)]
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    for _ in range(40):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 60
+        while not (run / ".lock").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)  # imports take a while, there is nothing to kill before
+        try:
+            process.wait(timeout=chance.uniform(0.1, 0.8))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            continue
+        assert process.returncode == 0, process.stdout and process.stdout.read().decode()
+        break
+    assert kills >= 2
+    assert contents(run) == expected
+    assert leftovers(run) == []
+    assert {row["status"] for row in status(Run.open(run))["stages"]} == {"done"}
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL: nothing after it may change the disk."""
+
+
+def killed_after(count: int, work: Callable[[], None]) -> bool:
+    """Runs ``work`` in a child that dies right after its call number ``count``; whether it got that far."""
+    child = os.fork()
+    if child == 0:
+        remaining = [count]
+
+        def dying(call: Callable[..., object]) -> Callable[..., object]:
+            def counted(*args: object, **kwargs: object) -> object:
+                result = call(*args, **kwargs)
+                remaining[0] -= 1
+                if remaining[0] == 0:
+                    os._exit(77)
+                return result
+
+            return counted
+
+        try:
+            for name in CALLS:
+                setattr(os, name, dying(getattr(os, name)))
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 77)
+    return code == 77
+
+
+@pytest.mark.parametrize("redo", [None, "calibrate"], ids=["first time", "redo with other settings"])
+def test_killed_after_every_single_change_of_the_disk(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, redo: str | None
+) -> None:
+    monkeypatch.setattr("fake_stages.STEPS", 1)
+    monkeypatch.setattr("fake_stages.FILES", 2)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    config.stages = ["profile", "carve", "calibrate"] if redo else ["profile", "carve"]
+    begun = tmp_path / "begun"
+    if redo is not None:
+        go(config, begun)
+        config.calibrate.tokens *= 2
+        old = contents(begun)
+    go(config, tmp_path / "whole")
+    expected = contents(tmp_path / "whole")
+    count, done = 0, False
+    while not done:
+        count += 1
+        run = tmp_path / f"run-{count}"
+        if redo is not None:
+            subprocess.run(["cp", "-r", str(begun), str(run)], check=True)
+        done = not killed_after(count, lambda run=run: go(config, run, redo))
+        if redo is not None:  # neither the old nor the new result is ever half there
+            recorded = Manifest.load(run)
+            if recorded.publishing is None:
+                with Run.open(run).lock():
+                    pass
+                found = contents(run)
+                assert found in (expected, old)
+        go(config, run, redo)
+        assert contents(run) == expected, f"killed after call {count}"
+        assert leftovers(run) == [], f"killed after call {count}"
+    assert count > 20
+
+
+def test_a_process_that_died_while_publishing_is_finished_not_repeated(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeStage, "calls", [])
+    path = tmp_path / "run"
+
+    def die(self: Run, folder: Path) -> None:
+        if folder.name == "02-carve":
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_set_aside", die)
+        with pytest.raises(Killed):
+            go(config, path)
+    assert (path / ".staging-02-carve").is_dir()
+    go(config, path)
+    assert FakeStage.calls == USUAL
+    assert leftovers(path) == []
+
+
+def test_a_journal_whose_folder_vanished_is_dropped(config: RunConfig, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    go(config, path)
+    whole = contents(path)
+    run = Run.open(path)
+    run.manifest.publishing = run.manifest.stages.pop()
+    run.manifest.save(path)
+    for file in (path / "05-export").rglob("*.bin"):
+        file.write_bytes(b"half")
+    with Run.open(path).lock():
+        assert Run.open(path).manifest.publishing is None
+    go(config, path)
+    assert {name: value for name, value in contents(path).items() if "unknown" not in name} == whole
+    assert (path / "05-export.unknown-1").is_dir()
