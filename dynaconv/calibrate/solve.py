@@ -29,7 +29,7 @@ class Solved:
     share: float
 
 
-class _Listening:
+class Listening:
     """A policy that keeps the router scores of the pass it decides, by layer."""
 
     def __init__(self, inner: Routed | Full) -> None:
@@ -37,6 +37,7 @@ class _Listening:
         self.scores: dict[int, list[Tensor]] = {}
 
     def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor | None:
+        """What the inner policy decides."""
         scores = ffn.router(x)
         self.scores.setdefault(ffn.layer, []).append(scores.flatten(0, 1))
         return self.inner.decide(ffn, x)
@@ -65,7 +66,7 @@ def solve_budget(
     router, layers = model.ffns()[0].router, model.layout.layers
     ask, best, level = budget, Solved(0.0, float("inf")), start
     for _ in range(iterations + (start is None)):
-        policy = _Listening(Full() if level is None else Routed(torch.full((layers,), level)))
+        policy = Listening(Full() if level is None else Routed(torch.full((layers,), level)))
         share = _spend(model, batches, policy)
         if level is not None:
             if abs(share - budget) < abs(best.share - budget):
@@ -78,7 +79,7 @@ def solve_budget(
     return best
 
 
-def _spend(model: Any, batches: Sequence[Batch], policy: _Listening) -> float:
+def _spend(model: Any, batches: Sequence[Batch], policy: Listening) -> float:
     """Runs ``batches``; returns the share spent on real tokens and keeps only their scores."""
     device = next(model.parameters()).device
     edges = torch.tensor(model.layout.edges, dtype=torch.float64) / model.layout.edges[-1]

@@ -68,7 +68,7 @@ class CalibrateStage(Stage):
         budgets = {*settings.budgets, 1.0}
         with context.progress.task("calibrate", total=2 * len(budgets), unit="budgets") as task:
             routed = model.layout.router.kind != "none"
-            table = levels_for(model, text, settings, task) if routed else uniform_table(settings.budgets)
+            table = levels_for(model, text, settings, task) if routed else uniform_table(model.layout, settings.budgets)
             model.layout = model.layout.with_dial(table, {})
             frontier = measure(model, parent, text, (costs[0], costs[1]), settings.speed_tokens, task)
         qualities = tuple(row["quality"] for row in frontier["frontier"])

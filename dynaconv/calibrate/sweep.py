@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynaconv.calibrate.solve import solve_budget
+from dynaconv.calibrate.solve import Listening, solve_budget
 from dynaconv.config import CalibrateConfig
 from dynaconv.data.windows import Batch
+from dynaconv.dynamic.context import using
 from dynaconv.dynamic.dial import Dial
-from dynaconv.dynamic.layout import DialTable
+from dynaconv.dynamic.layout import DialTable, Layout
+from dynaconv.dynamic.policy import Full
 from dynaconv.dynamic.router import solve_level
 from dynaconv.evaluation.cost import CostModel
 from dynaconv.evaluation.scoring import Score, most_likely, score
@@ -48,23 +50,22 @@ def levels_for(model: Any, text: Text, config: CalibrateConfig, task: Task) -> D
     return DialTable(tuple(budgets), tuple((level,) * layers for level in found), (0.0,) * len(budgets))
 
 
-def uniform_table(budgets: Sequence[float]) -> DialTable:
-    """The table of a model without routers: a budget means one width for all tokens."""
+def uniform_table(layout: Layout, budgets: Sequence[float]) -> DialTable:
+    """The table of a model without routers, qualities still unknown: the largest width that each budget pays for."""
     wanted = sorted({*budgets, 1.0})
-    return DialTable(tuple(wanted), tuple(() for _ in wanted), (0.0,) * len(wanted))
+    levels = tuple((float(layout.width_within(budget)),) * layout.layers for budget in wanted)
+    return DialTable(tuple(wanted), levels, (0.0,) * len(wanted))
 
 
 @torch.no_grad()
 def _level_of_everything(model: Any, batches: Sequence[Batch]) -> float:
     """The lowest level at which every token of the first batch uses every block."""
-    from dynaconv.dynamic.context import using
-    from dynaconv.train.routing import Scored
-
-    policy = Scored()
+    policy = Listening(Full())
     batch = batches[0].to(next(model.parameters()).device)
     with using(policy):
         model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    return solve_level(model.ffns()[0].router, list(policy.scores.values()), 1.0)
+    scores = [torch.cat(found) for found in policy.scores.values()]
+    return solve_level(model.ffns()[0].router, scores, 1.0)
 
 
 def measure(

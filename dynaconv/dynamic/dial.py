@@ -51,24 +51,16 @@ class Dial:
         """``width`` blocks for every token."""
         return cls(width=width)
 
+    def __str__(self) -> str:
+        if self.is_full:
+            return "full"
+        name = next(name for name in ("budget", "quality", "width") if getattr(self, name) is not None)
+        return f"{name} {getattr(self, name):g}"
+
     @property
     def is_full(self) -> bool:
         """Whether every block is on whatever the calibration says."""
         return self.budget == 1.0
-
-    def budget_in(self, table: DialTable | None) -> float:
-        """The budget that this dial asks for, looked up in ``table`` where it names a quality.
-
-        Raises:
-            ValueError: A quality without a calibrated table, or one that no point reaches.
-        """
-        if self.budget is not None:
-            return self.budget
-        if self.quality is None:
-            raise ValueError("a uniform width has no budget")
-        if table is None:
-            raise ValueError("this model has no calibrated dial: run `dynaconv calibrate`, or use Dial.uniform(width)")
-        return budget_for_quality(table, self.quality)
 
     def levels(self, table: DialTable | None, layers: int) -> tuple[float, ...]:
         """The level of each of the L layers' routers; infinite at the full dial.
@@ -85,7 +77,7 @@ class Dial:
             raise ValueError("a uniform width has no router level")
         if table is None:
             raise ValueError("this model has no calibrated dial: run `dynaconv calibrate`, or use Dial.uniform(width)")
-        budget = self.budget_in(table)
+        budget = self.budget if self.budget is not None else budget_for_quality(table, self.quality or 1.0)
         if budget == 1.0:
             return (math.inf,) * layers
         if budget < table.budgets[0]:

@@ -57,8 +57,6 @@ class DynamicMixin:
                 return Full()
             if value.width is not None:
                 return Uniform(value.width)
-            if self.layout.router.kind == "none":
-                return Uniform(self.layout.width_within(value.budget_in(self.layout.dial)))
             return Routed(torch.tensor(value.levels(self.layout.dial, self.layout.layers)))
         if not value:
             raise ValueError("one dial a sequence was asked for, and the list is empty")

@@ -5,7 +5,7 @@ B batch, T tokens, D residual width, N blocks, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -66,21 +66,6 @@ class Static:
 
 
 @dataclass(frozen=True)
-class Given:
-    """Widths made beforehand, for baselines and oracles.
-
-    Attributes:
-        widths: (B, T) widths by layer.
-    """
-
-    widths: Mapping[int, Tensor]
-
-    def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor | None:
-        """The layer's widths."""
-        return self.widths[ffn.layer]
-
-
-@dataclass(frozen=True)
 class Routed:
     """Widths from the routers at a level each.
 
@@ -91,8 +76,14 @@ class Routed:
     levels: Tensor
 
     def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor | None:
-        """The width each token's router asks for."""
+        """The width each token's router asks for.
+
+        Raises:
+            ValueError: The number of dials does not divide the batch.
+        """
         level = self.levels[..., ffn.layer].to(x.device)
         if level.dim():  # one dial a sequence; beams and returned sequences repeat each row in place
+            if x.shape[0] % level.shape[0]:
+                raise ValueError(f"{level.shape[0]} dials for a batch of {x.shape[0]} sequences: give one for each")
             level = level.repeat_interleave(x.shape[0] // level.shape[0], dim=0)[:, None]
         return ffn.router.widths(ffn.router(x), level)

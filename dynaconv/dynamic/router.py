@@ -1,12 +1,13 @@
 """Routers: how many blocks a token wants, from the FFN's input.
 
-Three kinds share one module and one rule, "a width that never falls as the level rises", so that one dial drives all:
+All kinds share one module and one rule, "a width that never falls as the level rises", so that one dial drives all:
 
 * ``gate``: one score s, bounded to +-S blocks; width = round(s + level). Trained end to end.
 * ``curve``: N predictions of log t_n, the error that a width of n blocks would make; width = argmin t_n + exp(-level)
   * share_n. After D2DMoE (arXiv 2310.04361), with the argmin in place of its threshold.
 * ``class``: N logits over the smallest sufficient width 1..N, after DynaMoE (arXiv 2502.12325); width = the smallest
   whose cumulative probability reaches the level.
+* ``none``: no parameters and no opinion; width = round(level) for every token.
 
 D residual width, N blocks.
 """
@@ -46,7 +47,7 @@ class Router(nn.Module):
                 nn.init.zeros_(start.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores of tokens ``x`` (..., D): (...) for ``gate``, (..., N) otherwise. Computed in fp32."""
+        """Scores of tokens ``x`` (..., D): (...) for ``gate`` and ``none``, (..., N) otherwise. Computed in fp32."""
         with torch.autocast(x.device.type, enabled=False):
             return self._scores(x.float())
 
@@ -57,7 +58,7 @@ class Router(nn.Module):
         if self.linear is not None:
             raw = self.linear(x) if raw is None else raw + self.linear(x)
         if raw is None:
-            raise ValueError("this model has no routers: use Dial.full() or Dial.uniform(width)")
+            return x.new_zeros(x.shape[:-1])
         return self.bound * torch.tanh(raw.squeeze(-1) / self.bound) if self.kind == "gate" else raw
 
     def widths(self, scores: Tensor, level: Tensor | float) -> Tensor:
@@ -66,7 +67,7 @@ class Router(nn.Module):
         Monotone: a higher level never gives a smaller width for the same scores.
         """
         level = torch.as_tensor(level, dtype=scores.dtype, device=scores.device)
-        if self.kind == "gate":
+        if self.kind in ("gate", "none"):
             return (scores + level - 0.5).ceil().clamp(0, self.blocks).long()
         if self.kind == "curve":
             share = torch.tensor(self.edges, dtype=scores.dtype, device=scores.device) / self.edges[-1]
@@ -77,7 +78,7 @@ class Router(nn.Module):
 
     def level_range(self) -> tuple[float, float]:
         """A level at which (nearly) no block is on, and one at which all are."""
-        if self.kind == "gate":
+        if self.kind in ("gate", "none"):
             return -self.bound - 0.5, self.blocks + self.bound + 0.5
         return (-30.0, 40.0) if self.kind == "curve" else (0.0, 1.0 + 1e-6)
 

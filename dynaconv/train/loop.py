@@ -91,6 +91,8 @@ class Trainer:
         full_logits = self._logits(self.engine.model, batch, scored)
         full_loss = cross_entropy(full_logits, batch.input_ids, mask)
         self.engine.backward(full_weight * full_loss)
+        if not dial_weight:  # dense training: what the parent makes of the same tokens
+            return {"loss_full": full_loss.item(), "kl_dial": 0.0, "share_spent": 1.0}
         teacher = full_logits.detach() if self.parent is None else self._parent_logits(batch)
         policy = self._policy(chosen, scored)
         with recording() as trace:

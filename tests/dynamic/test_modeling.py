@@ -1,0 +1,177 @@
+"""Dynamic models compute what the reference says, at every dial, in forward, in generation and when recomputed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dynamic_models import dynamic_model, token_ids
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import dynaconv
+from dynaconv import Dial
+from dynaconv.dynamic.context import recording
+from dynaconv.kernels.reference import block_ffn, width_masks
+
+Maker = Callable[..., Path]
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["gate", "curve", "class", "none"])
+def test_full_dial_is_the_parent(tiny_checkpoint: Maker, family: str, kind: str) -> None:
+    folder = tiny_checkpoint(family, tied=kind == "gate", ffn=67 if kind == "class" else 96)
+    parent, ids = AutoModelForCausalLM.from_pretrained(folder).eval(), token_ids()
+    model = dynamic_model(folder, kind)
+    with torch.no_grad():
+        expected = parent(ids).logits
+        assert close(model(ids, dial=1.0).logits, expected)
+        assert close(model(ids, dial=[1.0, Dial.full()]).logits, expected)
+        assert not close(model(ids, dial=0.25).logits, expected, 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["gate", "curve", "class"])
+def test_every_ffn_is_the_reference_at_its_widths(tiny_checkpoint: Maker, kind: str) -> None:
+    model = dynamic_model(tiny_checkpoint(mlp_bias=True, ffn=67), kind)
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    for ffn in model.ffns():
+        ffn.register_forward_hook(lambda m, args, out: seen.update({m.layer: (args[0], out)}))
+    with torch.no_grad(), recording() as trace:
+        model(token_ids(4, 20), dial=0.5)
+    used: set[int] = set()
+    for ffn in model.ffns():
+        x, out = seen[ffn.layer]
+        widths = trace.widths[ffn.layer][0]
+        used |= set(widths.flatten().tolist())
+        rows = block_ffn(x.flatten(0, 1), width_masks(widths.flatten()), ffn.weights(), ffn.edges)
+        assert close(out.flatten(0, 1), rows)
+    assert len(used) > 2, "the test's routers should not agree on everything"
+
+
+def test_training_and_inference_paths_agree(tiny_checkpoint: Maker) -> None:
+    model, ids = dynamic_model(tiny_checkpoint()), token_ids(3, 16)
+    with_gradient = model(ids, dial=0.5).logits
+    with torch.no_grad():
+        assert close(model(ids, dial=0.5).logits, with_gradient.detach())
+
+
+def test_generation_with_cache_equals_generation_without(tiny_checkpoint: Maker) -> None:
+    model, ids = dynamic_model(tiny_checkpoint()), token_ids(2, 7)
+    settings: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    cached = model.generate(ids, dial=0.5, **settings)
+    plain = model.generate(ids, dial=0.5, use_cache=False, **settings)
+    assert torch.equal(cached, plain)
+    with torch.no_grad():  # and its tokens are those that the dial's own forward pass prefers
+        logits = model(cached, dial=0.5).logits
+    logits[..., 0] = -torch.inf  # min_new_tokens keeps the end of text away
+    assert torch.equal(logits[:, 6:-1].argmax(-1), cached[:, 7:])
+
+
+def test_one_dial_a_sequence(tiny_checkpoint: Maker) -> None:
+    model, ids = dynamic_model(tiny_checkpoint()), token_ids(3, 9)
+    dials = [0.25, 1.0, 0.5]
+    settings: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    together = model.generate(ids, dial=dials, **settings)
+    beams = model.generate(ids, dial=dials, num_beams=2, **settings)
+    for row, dial in enumerate(dials):
+        alone = ids[row : row + 1]
+        assert torch.equal(together[row], model.generate(alone, dial=dial, **settings)[0])
+        assert torch.equal(beams[row], model.generate(alone, dial=dial, num_beams=2, **settings)[0])
+    with pytest.raises(ValueError, match="dials"):
+        model(ids, dial=[0.25, 1.0])
+
+
+def test_the_dial_belongs_to_the_call(tiny_checkpoint: Maker) -> None:
+    model, ids = dynamic_model(tiny_checkpoint()), token_ids()
+    with torch.no_grad():
+        full = model(ids).logits
+        low = model(ids, dial=0.25).logits
+        assert torch.equal(model(ids).logits, full), "a call left its dial behind"
+        with pytest.raises(IndexError):
+            model(ids + 1000, dial=0.25)
+        assert torch.equal(model(ids).logits, full), "a failed call left its dial behind"
+        model.dial = Dial(0.25)
+        assert torch.equal(model(ids).logits, low)
+
+
+def test_checkpointed_layers_recompute_under_their_own_dial(tiny_checkpoint: Maker) -> None:
+    def gradients(checkpointing: bool) -> list[Tensor]:
+        model, ids = dynamic_model(tiny_checkpoint()).train(), token_ids()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        losses = [model(ids, labels=ids, dial=dial, use_cache=False).loss for dial in (0.25, 1.0)]
+        with torch.no_grad():
+            model(ids, dial=0.5)  # another call in between must not leak into the recomputation
+        sum(losses).backward()  # type: ignore[union-attr]
+        return [p.grad for ffn in model.ffns() for p in ffn.parameters() if p.grad is not None]
+
+    plain, recomputed = gradients(False), gradients(True)
+    assert len(plain) == len(recomputed) > 0
+    for a, b in zip(plain, recomputed, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_reentrant_checkpointing_is_refused(tiny_checkpoint: Maker) -> None:
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        dynamic_model(tiny_checkpoint()).gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def test_widths_are_nested_and_monotone_in_the_dial(tiny_checkpoint: Maker) -> None:
+    model, ids = dynamic_model(tiny_checkpoint(layers=1)), token_ids(4, 30)  # one layer: hidden states stay the same
+    last = torch.zeros(1, 120)
+    for budget in (0.25, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0):
+        with torch.no_grad(), recording() as trace:
+            model(ids, dial=budget)
+        widths = trace.stacked()
+        assert bool((widths >= last).all())
+        last = widths
+    assert bool((last == 4).all())
+
+
+@pytest.mark.parametrize("kind", ["gate", "none"])
+def test_saved_and_loaded_it_is_the_same(tiny_checkpoint: Maker, tmp_path: Path, kind: str) -> None:
+    model, ids = dynamic_model(tiny_checkpoint(tied=True), kind), token_ids()
+    model.save_pretrained(tmp_path / "saved")
+    again = dynaconv.load(tmp_path / "saved").eval()
+    stock, info = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        assert torch.equal(again(ids, dial=0.5).logits, model(ids, dial=0.5).logits)
+        assert close(stock.eval()(ids).logits, model(ids, dial=1.0).logits)
+
+
+def test_routers_of_another_model_are_refused(tiny_checkpoint: Maker, tmp_path: Path) -> None:
+    model = dynamic_model(tiny_checkpoint())
+    model.save_pretrained(tmp_path / "saved")
+    other = dynamic_model(tiny_checkpoint(), "curve")
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "dynaconv.safetensors").replace(tmp_path / "saved" / "dynaconv.safetensors")
+    with pytest.raises(ValueError, match="does not fit"):
+        dynaconv.load(tmp_path / "saved")
+    with pytest.raises(ValueError, match="not made by dynaconv"):
+        dynaconv.load(tiny_checkpoint())
+
+
+def test_uniform_widths_need_no_router(tiny_checkpoint: Maker) -> None:
+    model, ids = dynamic_model(tiny_checkpoint(), "none"), token_ids()
+    with torch.no_grad(), recording() as trace:
+        model(ids, dial=Dial.uniform(3))
+        model(ids, dial=0.5)
+        model(ids, dial=Dial.uniform(99))
+    assert [int(w.unique()) for w in trace.widths[0]] == [3, 2, 4]
+
+
+def test_stock_signature_and_class_name_survive(tiny_checkpoint: Maker) -> None:
+    model = dynamic_model(tiny_checkpoint())
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert isinstance(model, nn.Module)
+    import inspect
+
+    assert {"input_ids", "attention_mask", "position_ids", "dial"} <= set(inspect.signature(model.forward).parameters)
