@@ -50,27 +50,28 @@ class ProfileConfig:
         tokens: Calibration tokens.
         batch_size: Windows in a batch.
         curve_share: Share of the calibration tokens on which difficulty curves are measured.
+        order: Which neurons come first: ``importance`` (mean |activation| times the norm of the down column) or
+            ``none`` (as they are).
         loss_aware: Weigh curves by the gradient of the loss (needs the whole model and a backward pass in memory).
     """
 
     tokens: int = 65536
     batch_size: int = 16
     curve_share: float = 0.25
+    order: str = "importance"
     loss_aware: bool = False
 
 
 @dataclass
 class CarveConfig:
-    """Order, cut, and routers without training.
+    """Cut in the order that profile found, and routers without training.
 
     Attributes:
-        order: ``importance`` (mean |activation| times the norm of the down column) or ``none``.
         router: ``curve`` (ridge regression of the difficulty curve on the FFN input).
         ridge: Ridge strength relative to the mean of the feature covariance's diagonal.
         shard_bytes: Largest shard that is written.
     """
 
-    order: str = "importance"
     router: str = "curve"
     ridge: float = 1e-3
     shard_bytes: int = 4 * 1024**3
@@ -93,7 +94,8 @@ class FinetuneConfig:
         clip: Largest gradient norm, of the weights and of the routers each.
         uniform_share: Share of the steps, at the start, in which all tokens get the same width.
         budgets: Lowest and highest budget sampled.
-        full_weight: Weight of the full dial's cross-entropy; the dial's distillation has the rest.
+        full_weight: Weight of the full dial's cross-entropy; the dial's distillation has the rest. With ``uniform``,
+            1 is plain dense training.
         router_rank: Hidden width of a router; ``0`` takes D / 16 rounded up to a multiple of 64.
         bound: Largest say of a ``gate`` router, in blocks to either side of the common level.
         temperature: Width of the straight-through sigmoid, in blocks.
@@ -237,7 +239,7 @@ ALLOWED: dict[str, Allowed] = {
     "profile.tokens": _whole(1),
     "profile.batch_size": _whole(1),
     "profile.curve_share": _POSITIVE_SHARE,
-    "carve.order": _one_of("importance", "none"),
+    "profile.order": _one_of("importance", "none"),
     "carve.router": _one_of("curve"),
     "carve.ridge": _POSITIVE,
     "carve.shard_bytes": _whole(1),
