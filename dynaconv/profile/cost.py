@@ -15,6 +15,7 @@ from dynaconv.profile.statistics import layout_bytes, tensor_layout
 from dynaconv.profile.streaming import LOGITS_BYTES
 
 WORD = 4  # bytes of the float32 that the CPU computes in
+RETAINED = 32 * 1024**2  # bytes; the C library's allocator keeps freed memory of tensors below this for later ones
 
 
 def profile_estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
@@ -26,11 +27,11 @@ def profile_estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
     sizes, layers, tokens = checkpoint.sizes, checkpoint.layers, config.profile.tokens
     edges = block_edges(sizes["ffn"], config.blocks)
     curve_tokens = round(config.profile.curve_share * tokens)
-    states = WORD * sizes["residual"] * tokens
+    states, batch = WORD * sizes["residual"] * tokens, _batch_bytes(config, checkpoint)
     phases = {
         "embedding": WORD * checkpoint.embedding_parameters + states,
-        "layer": states + _layer_bytes(config, checkpoint, curve_tokens),
-        "head": WORD * checkpoint.head_parameters + states + 3 * LOGITS_BYTES,
+        "layer": states + batch + _layer_bytes(checkpoint, curve_tokens),
+        "head": WORD * checkpoint.head_parameters + states + 2 * LOGITS_BYTES + _kept_bytes(config, checkpoint),
     }
     ffn, attention = checkpoint.ffn_parameters, checkpoint.attention_parameters
     forward = 2.0 * (layers * (ffn + attention) + checkpoint.head_parameters)
@@ -45,13 +46,23 @@ def profile_estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
     return Estimate(phases[worst], disk, flops, (f"most memory is needed for the {worst}; {states_note}",))
 
 
-def _layer_bytes(config: RunConfig, checkpoint: Checkpoint, curve_tokens: int) -> int:
-    """One decoder layer, its FFN again in order, activations of one batch, kept inputs, and the sums."""
-    residual, neurons = checkpoint.sizes["residual"], checkpoint.sizes["ffn"]
+def _batch_bytes(config: RunConfig, checkpoint: Checkpoint) -> int:
+    """Activations of a layer on one batch at their most: about 4 F and 10 D a token."""
+    tokens = config.profile.batch_size * config.data.sequence_length
+    return WORD * tokens * (4 * checkpoint.sizes["ffn"] + 10 * checkpoint.sizes["residual"])
+
+
+def _kept_bytes(config: RunConfig, checkpoint: Checkpoint) -> int:
+    """What is left of the layers' activations when they are done: the allocator gives only large tensors back."""
+    largest = WORD * config.profile.batch_size * config.data.sequence_length * checkpoint.sizes["ffn"]
+    return _batch_bytes(config, checkpoint) if largest < RETAINED else 0
+
+
+def _layer_bytes(checkpoint: Checkpoint, curve_tokens: int) -> int:
+    """One decoder layer, its FFN again in order, kept inputs, and the sums with a copy on its way to the disk."""
+    residual = checkpoint.sizes["residual"]
     weights = 2 * checkpoint.ffn_parameters + checkpoint.attention_parameters
-    batch = config.profile.batch_size * config.data.sequence_length * (4 * neurons + 4 * residual)
-    sums = 2 * (residual + 1) ** 2  # the second moments, and a copy on its way to the disk
-    return WORD * (weights + batch + curve_tokens * residual + sums)
+    return WORD * (weights + curve_tokens * residual + 2 * (residual + 1) ** 2)
 
 
 def _backward_bytes(config: RunConfig, checkpoint: Checkpoint) -> int:

@@ -211,6 +211,7 @@ def _run(
             activation.add(tap.hidden.flatten(0, 1) if real is None else tap.hidden[real.to(stream.device)])
             if bool(mask.any()):
                 kept.append(tap.x[mask.to(stream.device)])
+            del tap.x, tap.hidden  # or they would stand in memory beside the next batch's
             finished(batch)
     assert activation is not None
     return activation, kept
