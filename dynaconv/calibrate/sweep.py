@@ -45,6 +45,8 @@ def levels_for(model: Any, text: Text, config: CalibrateConfig, task: Task) -> D
         solved = solve_budget(model, text.solve, budget, tolerance=config.tolerance, start=found[-1] if found else None)
         found.append(max(solved.level, found[-1] if found else -math.inf))
         task.advance(note=f"budget {budget:g} spends {solved.share:.3f}")
+        if abs(solved.share - budget) > max(0.02, config.tolerance):
+            task.progress.say(f"calibrate: budget {budget:g} cannot be met; the nearest spends {solved.share:.3f}")
     top = _level_of_everything(model, text.solve)
     found.append(max(top, found[-1]) if found else top)
     return DialTable(tuple(budgets), tuple((level,) * layers for level in found), (0.0,) * len(budgets))

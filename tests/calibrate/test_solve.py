@@ -1,0 +1,66 @@
+"""Levels meet their budgets while gated, and the table they make is monotone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from dynamic_models import dynamic_model, token_ids
+
+from dynaconv.calibrate.solve import solve_budget
+from dynaconv.calibrate.sweep import Text, levels_for, measure, uniform_table
+from dynaconv.config import CalibrateConfig
+from dynaconv.data.windows import Batch
+from dynaconv.dynamic.policy import Routed
+from dynaconv.evaluation.cost import CostModel
+from dynaconv.evaluation.scoring import score
+from dynaconv.progress import Progress
+
+Maker = Callable[..., Path]
+BATCHES = [Batch(token_ids(8, 64, seed=seed)) for seed in range(2)]
+COST = CostModel(10, 100, 10, 5, 1, 8, 4, 4, 16, 4)
+
+
+@pytest.mark.parametrize("kind", ["gate", "curve", "class"])
+@pytest.mark.parametrize("budget", [0.4, 0.7])
+def test_gated_share_is_the_budget(tiny_checkpoint: Maker, kind: str, budget: float) -> None:
+    model = dynamic_model(tiny_checkpoint(), kind)
+    solved = solve_budget(model, BATCHES, budget, tolerance=0.01, iterations=12)
+    spent = score(model, BATCHES, Routed(torch.full((2,), solved.level))).active_share
+    assert spent == pytest.approx(solved.share)
+    assert spent == pytest.approx(budget, abs=0.01)
+
+
+def test_padding_does_not_move_the_level(tiny_checkpoint: Maker) -> None:
+    model = dynamic_model(tiny_checkpoint())
+    ids = token_ids(8, 64)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, 40:] = False
+    junk = ids.clone()
+    junk[:, 40:] = 5
+    solved = [solve_budget(model, [Batch(i, mask)], 0.5) for i in (ids, junk)]
+    assert solved[0] == solved[1]
+
+
+@pytest.mark.parametrize("kind", ["gate", "none"])
+def test_sweep_measures_a_monotone_dial(tiny_checkpoint: Maker, kind: str) -> None:
+    folder = tiny_checkpoint()
+    model, parent = dynamic_model(folder, kind), dynamic_model(folder, "none")
+    config, text = CalibrateConfig(budgets=[0.25, 0.5, 0.75]), Text(BATCHES[:1], BATCHES[1:])
+    with Progress(quiet=True).task("calibrate", 8) as task:
+        routed = kind == "gate"
+        table = levels_for(model, text, config, task) if routed else uniform_table(model.layout, config.budgets)
+        model.layout = model.layout.with_dial(table, {})
+        frontier = measure(model, parent, text, (COST, COST), 3, task)
+    assert table.budgets == (0.25, 0.5, 0.75, 1.0)
+    assert all(a <= b for low, high in zip(table.levels, table.levels[1:]) for a, b in zip(low, high))
+    rows = frontier["frontier"]
+    shares = [row["active_share"] for row in rows]
+    assert shares == sorted(shares) and shares[-1] == 1.0
+    assert shares[:3] == pytest.approx([0.25, 0.5, 0.75], abs=0.06 if routed else 1e-9)
+    assert rows[-1]["quality"] == pytest.approx(1.0, abs=1e-4) and rows[-1]["agreement"] == 1.0
+    assert all(row["tokens_per_s"] > 0 for row in [*rows, frontier["parent"]])
+    flops = [row["flops_per_token"] for row in rows]
+    assert flops == sorted(flops)
