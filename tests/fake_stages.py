@@ -156,5 +156,6 @@ def leftovers(run: Path) -> list[str]:
 if __name__ == "__main__":
     registry.STAGES = FAKES
     FakeStage.pause = float(sys.argv[3])
+    print("begins", flush=True)
     with Progress(quiet=True) as display:
         run_pipeline(make_config(Path(sys.argv[1])), Run.create(sys.argv[2]), progress=display)
