@@ -11,6 +11,7 @@ import typer
 from dynaconv.cli.folders import check_weights, model_folder, read_layout, scored_folder
 from dynaconv.cli.output import print_json, print_table
 from dynaconv.errors import ArtifactError, CheckpointError, ConfigError, QualityError
+from dynaconv.evaluation.perplexity import TOKENS, evaluate_folder
 
 if TYPE_CHECKING:
     from dynaconv.dynamic.dial import Dial
@@ -29,6 +30,7 @@ def evaluate(
     model: Scored,
     data: Annotated[str, typer.Option(metavar="SPEC", help="Text: a file, glob, folder, data set or python-stdlib.")],
     dial: DialOption = None,
+    tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens to score at most.")] = TOKENS,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Settings below data, such as data.field=answer.", show_default=False),
@@ -36,14 +38,13 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Score a model on text, at one point of its dial. A dense checkpoint is scored by the same code."""
-    from dynaconv.evaluation.perplexity import evaluate_folder
     from dynaconv.recipes import compose
 
     folder = scored_folder(model)
     chosen = chosen_dial(folder, dial)
     check_weights(folder)
     config = compose(overrides=[f"data={data}", *(overrides or [])]).data
-    scores = evaluate_folder(folder, chosen, config)
+    scores = evaluate_folder(folder, chosen, config, tokens=tokens)
     if as_json:
         print_json(scores)
     else:

@@ -31,6 +31,10 @@ def silence_libraries() -> None:
         os.environ.setdefault(name, value)
     if sys.platform == "linux" and not any(True for name in ACCELERATOR_DEVICES for _ in Path("/dev").glob(name)):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found nothing better
+    transformers = sys.modules.get("transformers")
+    if transformers is not None:  # imported before us, it has read its settings already
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
     if not sys.warnoptions:
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
         warnings.simplefilter("ignore")
