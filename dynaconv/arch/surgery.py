@@ -19,7 +19,7 @@ from dynaconv.arch.spec import AXES, Slot
 from dynaconv.artifacts.tensors import CheckpointWriter, TensorInfo
 from dynaconv.errors import CheckpointError, suggest
 
-PIECE_BYTES = 32 * 1024**2
+PIECE_BYTES = 8 * 1024**2
 
 Selection = tuple[Tensor | None, ...]
 

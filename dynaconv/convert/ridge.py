@@ -24,7 +24,8 @@ def solve_ridge(feature_gram: Tensor, feature_target: Tensor, ridge: float) -> t
     Raises:
         ArtifactError: The sums are not finite, or are not those of any text.
     """
-    if not (torch.isfinite(feature_gram).all() and torch.isfinite(feature_target).all()):
+    extremes = torch.cat([torch.stack(torch.aminmax(sums)) for sums in (feature_gram, feature_target)])
+    if not torch.isfinite(extremes).all():  # asked of the sums themselves it would take several copies of them
         raise ArtifactError("the sums of features are not finite", hint="profile again; activations overflowed")
     count = float(feature_gram[-1, -1])
     if count < 1:
@@ -44,7 +45,8 @@ def solve_ridge(feature_gram: Tensor, feature_target: Tensor, ridge: float) -> t
             found=f"{count:g} tokens for {len(mean)} features, ridge {ridge:g}",
             hint="raise carve.ridge, or profile more tokens",
         )
-    weight = torch.cholesky_solve(shared, factor).T.contiguous()
+    half = torch.linalg.solve_triangular(factor, shared, upper=False)  # cholesky_solve would copy the factor
+    weight = torch.linalg.solve_triangular(factor.mT, half, upper=True).T.contiguous()
     return weight, target_mean - weight @ mean
 
 

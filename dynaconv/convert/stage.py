@@ -24,7 +24,7 @@ from dynaconv.config import RunConfig
 from dynaconv.convert.measured import Measured
 from dynaconv.convert.ridge import ridge_peak_bytes, solve_ridge
 from dynaconv.dynamic.layout import ROUTER_FILE, FFNLayout, Layout, RouterLayout
-from dynaconv.pipeline.stage import Estimate, Stage, StageContext
+from dynaconv.pipeline.stage import TORCH_BYTES, Estimate, Stage, StageContext
 
 
 class CarveStage(Stage):
@@ -34,7 +34,7 @@ class CarveStage(Stage):
     consumes = ("dense", "statistics")
     produces = "dynamic"
     sections = ("blocks", "carve")
-    unfingerprinted = ()
+    library_bytes = TORCH_BYTES
 
     def estimate(self, config: RunConfig, source: Path) -> Estimate:
         """Peak memory and disk, from the headers of the checkpoint.

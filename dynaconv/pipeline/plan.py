@@ -20,9 +20,6 @@ from dynaconv.pipeline.lineage import chain, order_problems
 from dynaconv.pipeline.stage import Estimate, Stage
 from dynaconv.pipeline.state import MAKE, State, judge_all
 
-# Resident size of Python with torch and transformers imported, before any tensor (measured; CPU build).
-INTERPRETER_BYTES = 420 * 10**6
-
 Answer = TypeVar("Answer")
 
 
@@ -38,6 +35,7 @@ class StagePlan:
         action: ``keep``, ``make``, ``stale`` or ``damaged``.
         reasons: Why, such as the fields that changed (``field: old -> new``).
         estimate: What it costs when it runs.
+        peak_bytes: Resident memory at its worst instant in a process of its own, Python and libraries included.
     """
 
     name: str
@@ -47,6 +45,7 @@ class StagePlan:
     action: str
     reasons: tuple[str, ...]
     estimate: Estimate
+    peak_bytes: int
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """Resident memory at the worst instant of all stages that would run, interpreter and libraries included."""
-        return INTERPRETER_BYTES + max((stage.estimate.peak_bytes for stage in self.to_run), default=0)
+        return max((stage.peak_bytes for stage in self.to_run), default=0)
 
     @property
     def disk_bytes(self) -> int:
@@ -132,7 +131,9 @@ def _attempt(errors: list[DynaconvError], ask: Callable[[], Answer]) -> Answer |
 
 def _stage_plan(stage: Stage, i: int, estimate: Estimate, state: State | None) -> StagePlan:
     action, reasons = (state.action, state.reasons) if state is not None else (MAKE, ("not known",))
-    return StagePlan(stage.name, slot(i + 1, stage.name), stage.consumes, stage.produces, action, reasons, estimate)
+    peak = stage.library_bytes + estimate.peak_bytes
+    folder = slot(i + 1, stage.name)
+    return StagePlan(stage.name, folder, stage.consumes, stage.produces, action, reasons, estimate, peak)
 
 
 def checked_stages(

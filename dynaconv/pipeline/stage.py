@@ -23,6 +23,10 @@ from dynaconv.progress import Progress
 
 KINDS = ("dense", "statistics", "dynamic", "dials", "model")
 
+# Resident size of a process before any tensor (measured; CPU build): Python with torch, and with transformers' models.
+TORCH_BYTES = 260 * 10**6
+INTERPRETER_BYTES = 420 * 10**6
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -76,6 +80,7 @@ class Stage(ABC):
         produces: Kind it makes.
         invalidates: Kinds that no longer describe the newest checkpoint once this stage has run.
         sections: Fields of :class:`RunConfig` that its result depends on; they enter the fingerprint.
+        library_bytes: Resident size of Python and the libraries it imports, before any tensor.
         unfingerprinted: Dotted fields within ``sections`` that change how, not what (``finetune.save_every``).
     """
 
@@ -84,6 +89,7 @@ class Stage(ABC):
     produces: ClassVar[str]
     invalidates: ClassVar[tuple[str, ...]] = ()
     sections: ClassVar[tuple[str, ...]]
+    library_bytes: ClassVar[int] = INTERPRETER_BYTES
     unfingerprinted: ClassVar[tuple[str, ...]] = ()
 
     def problems(self, config: RunConfig) -> list[str]:

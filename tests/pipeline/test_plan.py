@@ -13,8 +13,9 @@ from dynaconv.artifacts.run import Run
 from dynaconv.config import RunConfig
 from dynaconv.errors import CheckpointError
 from dynaconv.pipeline import registry
-from dynaconv.pipeline.plan import INTERPRETER_BYTES, as_json, make_plan
+from dynaconv.pipeline.plan import as_json, make_plan
 from dynaconv.pipeline.runner import run_pipeline
+from dynaconv.pipeline.stage import INTERPRETER_BYTES
 from dynaconv.progress import Progress
 
 
