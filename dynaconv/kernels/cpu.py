@@ -1,7 +1,7 @@
 """Inference on a CPU that reads only the weights it needs. Ships with every exported model.
 
 Both kernels use weights where they lie: a prefix of blocks is a slice of the rows of gate and up and of the columns of
-down. Neither records gradients; ``reference`` is for training.
+down. They are for inference; ``reference`` is for training.
 
 * ``prefix_ffn``: all tokens use the same width, so one slice of each matrix is all there is.
 * ``staircase_ffn``: tokens differ. Sorted by width, descending, every block is used by a contiguous prefix of the rows,
@@ -27,6 +27,9 @@ STEP_COST_OTHER = 2 << 20
 precision does more of them. Found by trying 0 to 128 million at D x F of 256 x 1024, 1024 x 3072 and 2048 x 8192 with
 2 to 256 tokens. Within a factor of 2 the choice hardly matters; 0 loses 10 % at D 2048 and half at D 256 in bf16."""
 
+UNSORTED_ROWS = 16
+"""Up to this many rows that make one step, clearing them one by one is cheaper than sorting them."""
+
 
 class Step(NamedTuple):
     """The first ``rows`` of the sorted tokens use neurons [start, stop)."""
@@ -36,7 +39,6 @@ class Step(NamedTuple):
     stop: int
 
 
-@torch.no_grad()
 def prefix_ffn(x: torch.Tensor, width: int, weights: FFNWeights, edges: Sequence[int]) -> torch.Tensor:
     """The FFN of every token with its first ``width`` blocks.
 
@@ -57,7 +59,7 @@ def prefix_ffn(x: torch.Tensor, width: int, weights: FFNWeights, edges: Sequence
 
 @torch.no_grad()
 def staircase_ffn(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, edges: Sequence[int]) -> torch.Tensor:
-    """The FFN of each token with the first ``widths[m]`` blocks, every weight read at most once.
+    """The FFN of each token with the first ``widths[m]`` blocks, every weight read at most once. Records no gradients.
 
     Args:
         x: ``(M, D)``.
@@ -68,19 +70,22 @@ def staircase_ffn(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, ed
     Returns:
         ``(M, D)``, always a new tensor.
     """
-    ordered, order = widths.sort(descending=True)
-    steps = stairs(ordered.tolist(), edges)
+    values = widths.tolist()
+    steps = stairs(sorted(values, reverse=True), edges)
     if not steps:
         return _no_blocks(x, weights)
+    shapes = _few_shapes(steps, len(x)) if x.dtype in STEP_COST else steps
     slack = STEP_COST.get(x.dtype, STEP_COST_OTHER) // x.shape[1]  # in row-neurons of one matrix product
-    shapes = steps if x.dtype not in STEP_COST else [step._replace(rows=_grain(step.rows, len(x))) for step in steps]
-    rows = x[order]
+    inner, outer = merge(shapes, slack if weights.gate is None else slack // 2), merge(shapes, slack)
+    if len(inner) == 1 and len(x) <= UNSORTED_ROWS:
+        return _one_step(x, [edges[width] for width in values], weights)
+    order = widths.argsort(descending=True)
+    rows = x.index_select(0, order)
     hidden = x.new_empty(len(x), edges[-1])  # not only to the last step: the row stride is part of a product's shape
-    for count, start, stop in merge(shapes, slack if weights.gate is None else slack // 2):
+    for count, start, stop in inner:
         _neurons(rows[:count], weights, start, stop, out=hidden[:count, start:stop])
-    for count, start, stop in steps:
-        hidden[count:, start:stop].zero_()
-    total = _down(hidden, merge(shapes, slack), weights)
+    _clear(hidden, steps, outer)
+    total = _down(hidden, outer, weights)
     return torch.empty_like(total).index_copy_(0, order, total)
 
 
@@ -128,14 +133,40 @@ def merge(steps: Sequence[Step], slack: int) -> list[Step]:
     return joined
 
 
-def _grain(count: int, rows: int) -> int:
-    """``count`` rounded up to one of 8 sizes an octave, at most ``rows``.
+def _few_shapes(steps: Sequence[Step], rows: int) -> list[Step]:
+    """``steps`` with their row counts rounded up to 8, 16, 24 ... 64, then to 8 sizes an octave, at most ``rows``.
 
     In half precision oneDNN compiles a kernel for every new shape, which takes about a millisecond: as long as the
-    product of 1024 neurons and 80 rows. Left alone, the row counts of a staircase would go on bringing new shapes.
+    product of 1024 neurons and 80 rows. Left alone, a staircase would go on bringing new counts. Below 8 rows the time
+    goes into reading the weights, so that more rows are almost free.
     """
-    grain = 1 << max(0, count.bit_length() - 4)
-    return min(rows, -(-count // grain) * grain)
+
+    def round_up(count: int) -> int:
+        grain = max(8, 1 << count.bit_length() >> 4)
+        return min(rows, -(-count // grain) * grain)
+
+    return [step._replace(rows=round_up(step.rows)) for step in steps]
+
+
+def _one_step(x: torch.Tensor, stops: Sequence[int], weights: FFNWeights) -> torch.Tensor:
+    """All rows to the largest of ``stops``, each row's own neurons beyond its stop put to zero. Sorts nothing."""
+    largest = max(stops)
+    hidden = _neurons(x, weights, 0, largest)
+    for row, stop in enumerate(stops):
+        if stop < largest:
+            hidden[row, stop:].zero_()
+    return linear(hidden, weights.down[:, :largest], weights.down_bias)
+
+
+def _clear(hidden: torch.Tensor, steps: Sequence[Step], plan: Sequence[Step]) -> None:
+    """Puts to zero what the products of ``plan`` read and ``steps`` do not use."""
+    remaining = iter(steps)
+    for rows, _, end in plan:
+        for count, start, stop in remaining:
+            if count < rows:
+                hidden[count:rows, start:stop].zero_()
+            if stop == end:
+                break
 
 
 def _down(hidden: torch.Tensor, steps: Sequence[Step], weights: FFNWeights) -> torch.Tensor:

@@ -30,6 +30,14 @@ class Decision(NamedTuple):
     reason: str
 
 
+OFF_CPU = Decision("reference", "there is a fast kernel for the CPU only")
+GRADIENT = Decision("reference", "a gradient is wanted and the CPU kernels are for inference")
+EMPTY = Decision("dense", "there are no tokens")
+DENSE = Decision("dense", "every token uses every block")
+PREFIX = Decision("prefix", "every token uses the same width")
+STAIRCASE = Decision("staircase", "tokens use different widths")
+
+
 def nested_ffn(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, edges: Sequence[int]) -> torch.Tensor:
     """The FFN of each token with the first ``widths[m]`` blocks, by the fastest kernel that serves.
 
@@ -42,27 +50,37 @@ def nested_ffn(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, edges
     Returns:
         ``(M, D)``. With gradients where grad mode is on and ``x`` or a weight wants one.
     """
-    kernel = decide(x, widths, weights, edges).kernel
-    if kernel == "dense":
-        return linear(hidden_neurons(x, weights), weights.down, weights.down_bias)
-    if kernel == "prefix":
-        return prefix_ffn(x, int(widths[0]), weights, edges)
-    if kernel == "staircase":
+    kernel, width = _choose(x, widths, weights, len(edges) - 1)
+    if kernel is PREFIX:
+        return prefix_ffn(x, width, weights, edges)
+    if kernel is STAIRCASE:
         return staircase_ffn(x, widths, weights, edges)
+    if kernel is DENSE or kernel is EMPTY:
+        return linear(hidden_neurons(x, weights), weights.down, weights.down_bias)
     return block_ffn(x, width_masks(widths), weights, edges)
 
 
 def decide(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, edges: Sequence[int]) -> Decision:
     """What :func:`nested_ffn` does with these arguments, and why."""
+    return _choose(x, widths, weights, len(edges) - 1)[0]
+
+
+def _choose(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, blocks: int) -> tuple[Decision, int]:
+    """The decision and the largest width of the batch (0 where it was not looked at).
+
+    Kept short: at one token it is run for every layer, with cold caches after 100 MB of weights went through them.
+    """
     if x.device.type != "cpu":
-        return Decision("reference", f"there is no kernel for {x.device.type}")
+        return OFF_CPU, 0
     if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
-        return Decision("reference", "a gradient is wanted and the CPU kernels record none")
-    if len(widths) == 0:
-        return Decision("dense", "there are no tokens")
-    low, high = (int(bound) for bound in widths.aminmax())
-    if low == len(edges) - 1:
-        return Decision("dense", "every token uses every block")
-    if low == high:
-        return Decision("prefix", "every token uses the same width")
-    return Decision("staircase", "tokens use different widths")
+        return GRADIENT, 0
+    if len(widths) == 1:
+        low = high = int(widths)
+    elif len(widths) == 0:
+        return EMPTY, 0
+    else:
+        values = widths.tolist()
+        low, high = min(values), max(values)
+    if low == blocks:
+        return DENSE, high
+    return (PREFIX if low == high else STAIRCASE), high
