@@ -1,0 +1,79 @@
+"""From a dense checkpoint to an exported folder: every family, and every router target, loads everywhere the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import convert, documents_file, tiny_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dynaconv
+from dynaconv.artifacts.files import read_json
+from dynaconv.errors import ExportError
+from dynaconv.export.check import check
+
+Maker = Callable[..., Path]
+
+
+@pytest.mark.parametrize(
+    ("family", "router", "settings"),
+    [
+        ("llama", "gate", {"tied": True, "dtype": torch.bfloat16}),
+        ("mistral", "curve", {"head_dim": 24}),
+        ("qwen2", "class", {"ffn": 67}),
+        ("qwen3", "uniform", {"kv_heads": 1}),
+    ],
+)
+def test_converted_folder_loads_everywhere(
+    tiny_checkpoint: Maker, tmp_path: Path, text_file: Path, family: str, router: str, settings: dict[str, object]
+) -> None:
+    source = tiny_checkpoint(family, **settings)
+    config = tiny_config(source, documents_file(tmp_path, text_file), router=router, check=True)
+    folder = convert(config, tmp_path / "run")[-1].folder  # export.check reloads it without dynaconv and compares
+    parent_config, config_json = read_json(source / "config.json"), read_json(folder / "config.json")
+    for name, value in parent_config.items():
+        assert config_json[name] == value, name
+    assert AutoTokenizer.from_pretrained(folder)("abc")["input_ids"]
+    assert (folder / "generation_config.json").is_file()
+    card = (folder / "README.md").read_text()
+    assert "| dense parent |" in card and str(config.finetune.router) in card or router == "uniform"
+    model = dynaconv.load(folder)
+    assert model.dtype == settings.get("dtype", torch.float32)
+    assert model.layout.lineage["stages"].keys() == {"profile", "carve", "finetune", "calibrate"}
+    ids = torch.randint(1, 257, (2, 6), generator=torch.Generator().manual_seed(0))
+    out = model.generate(ids, dial=[0.25, 1.0], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert out.shape[1] > 6
+
+
+def test_carved_only_is_the_parent_and_has_a_dial(tiny_checkpoint: Maker, tmp_path: Path, text_file: Path) -> None:
+    source = tiny_checkpoint("llama")
+    config = tiny_config(source, documents_file(tmp_path, text_file))
+    config.stages = ["profile", "carve", "calibrate", "export"]
+    folder = convert(config, tmp_path / "run")[-1].folder
+    parent = AutoModelForCausalLM.from_pretrained(source).eval()
+    ids = torch.randint(1, 257, (2, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = parent(ids).logits
+        got = dynaconv.load(folder).eval()(ids, dial=1.0).logits
+        stock = AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
+    for logits in (got, stock):
+        assert float((logits - expected).abs().max() / expected.abs().max()) <= 1e-5
+    frontier = read_json(folder / "frontier.json")["frontier"]
+    assert frontier[-1]["quality"] == pytest.approx(1.0, abs=1e-4)
+    assert frontier[0]["active_share"] < 0.5
+
+
+def test_the_check_notices_a_wrong_folder(tiny_checkpoint: Maker, tmp_path: Path, text_file: Path) -> None:
+    config = tiny_config(tiny_checkpoint("llama"), documents_file(tmp_path, text_file))
+    folder = convert(config, tmp_path / "run")[-1].folder
+    code = folder / "dynaconv_router.py"
+    code.write_text(code.read_text().replace("scores + level - 0.5", "scores + level + 0.5"))
+    with pytest.raises(ExportError, match="something else") as caught:
+        check(folder, 0.5)
+    assert caught.value.exit_code == 5
+    code.write_text("import dynaconv\n")
+    with pytest.raises(ExportError, match="clean process"):
+        check(folder, 0.5)
