@@ -121,7 +121,7 @@ def dynamic_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     forward.__signature__ = signature.replace(parameters=taken)  # type: ignore[attr-defined]
 
     # The stock class's own name: transformers writes it into config.json, and the folder stays a stock checkpoint.
-    made = type(stock.__name__, (DynamicMixin, stock), {"forward": forward, "__module__": __name__})
+    made: Any = type(stock.__name__, (DynamicMixin, stock), {"forward": forward, "__module__": __name__})
     return made
 
 
@@ -155,7 +155,7 @@ def attach(
         )
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, ffn)
-    model.__class__ = dynamic_class(type(model))
+    model.__class__ = dynamic_class(type(model))  # type: ignore[arg-type]
     made: Any = model
     made.layout, made.dial = layout, dial or Dial.full()
     if routers is not None:
@@ -201,7 +201,9 @@ class DynaconvForCausalLM(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """As in transformers, with routers and dial attached. See :func:`load`."""
         source = str(pretrained_model_name_or_path)
-        hub = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in kwargs}
+        hub: dict[str, Any] = {
+            name: kwargs[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in kwargs
+        }
         folder = _file(source, LAYOUT_FILE, hub).parent
         layout = Layout.load(folder)
         if config is None:

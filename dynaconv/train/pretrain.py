@@ -174,7 +174,7 @@ def _step(model: Any, optimizer: torch.optim.Optimizer, batch: Batch, schedule: 
     total = 0.0
     for part in batch.split(schedule.accumulation):
         loss = _summed_loss(model, part, schedule) / count
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += float(loss.detach())
     torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
     optimizer.step()

@@ -39,7 +39,7 @@ def test_converted_folder_loads_everywhere(
     assert AutoTokenizer.from_pretrained(folder)("abc")["input_ids"]
     assert (folder / "generation_config.json").is_file()
     card = (folder / "README.md").read_text()
-    assert "| dense parent |" in card and str(config.finetune.router) in card or router == "uniform"
+    assert ("| dense parent |" in card and str(config.finetune.router) in card) or router == "uniform"
     model = dynaconv.load(folder)
     assert model.dtype == settings.get("dtype", torch.float32)
     assert model.layout.lineage["stages"].keys() == {"profile", "carve", "finetune", "calibrate"}
