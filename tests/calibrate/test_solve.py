@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def test_padding_does_not_move_the_level(tiny_checkpoint: Maker) -> None:
 
 @pytest.mark.parametrize("kind", ["gate", "none"])
 def test_sweep_measures_a_monotone_dial(tiny_checkpoint: Maker, kind: str) -> None:
-    folder = tiny_checkpoint()
+    folder = tiny_checkpoint(ffn=64)  # blocks of 16, so that a quarter is one block
     model, parent = dynamic_model(folder, kind), dynamic_model(folder, "none")
     config, text = CalibrateConfig(budgets=[0.25, 0.5, 0.75]), Text(BATCHES[:1], BATCHES[1:])
     with Progress(quiet=True).task("calibrate", 8) as task:
@@ -55,7 +56,7 @@ def test_sweep_measures_a_monotone_dial(tiny_checkpoint: Maker, kind: str) -> No
         model.layout = model.layout.with_dial(table, {})
         frontier = measure(model, parent, text, (COST, COST), 3, task)
     assert table.budgets == (0.25, 0.5, 0.75, 1.0)
-    assert all(a <= b for low, high in zip(table.levels, table.levels[1:]) for a, b in zip(low, high))
+    assert all(a <= b for low, high in pairwise(table.levels) for a, b in zip(low, high, strict=True))
     rows = frontier["frontier"]
     shares = [row["active_share"] for row in rows]
     assert shares == sorted(shares) and shares[-1] == 1.0
