@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from dynaconv.config import DataConfig
 from dynaconv.data.readers import Document, text_of
 from dynaconv.errors import DataError
 
 SHUFFLE = 1000  # rows held back while streaming, so that a prefix is not one corner of the first shard
+SECONDS_TO_ANSWER = 20
 
 
 def documents(name: str, config: DataConfig, split: str) -> Iterator[Document]:
@@ -27,9 +29,13 @@ def documents(name: str, config: DataConfig, split: str) -> Iterator[Document]:
     where = f"dataset {name}, split {split}"
     try:
         import datasets
+        import huggingface_hub
 
+        huggingface_hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         datasets.logging.set_verbosity_error()
         datasets.disable_progress_bars()
+        if not Path(name).exists():  # one question first: load_dataset retries for most of a minute when offline
+            huggingface_hub.dataset_info(name, timeout=SECONDS_TO_ANSWER)
         rows = datasets.load_dataset(name, config.dataset_config, split=split, streaming=True)
         for index, row in enumerate(rows.shuffle(seed=0, buffer_size=SHUFFLE)):
             text = text_of(row, config.field, where)
