@@ -36,6 +36,7 @@ from dynaconv.progress import Progress
 from dynaconv.recipes import compose
 
 SHARES = (0.125, 0.25, 0.375, 0.5)
+PACKAGES = "torch,transformers"  # source text that is wherever dynaconv is
 WINDOWS, LENGTH, BATCH = 160, 256, 16
 TRAINING = {"gate": [], "uniform": ["finetune.router=uniform"], "dense": ["finetune.router=uniform", "full_weight=1"]}
 
@@ -73,7 +74,7 @@ def main(
     valid: Annotated[Path, typer.Argument(help="Text nobody has trained on.")],
     tokens: Annotated[int, typer.Option(help="Fine-tuning tokens.")] = 1_500_000,
     seed: Annotated[int, typer.Option(help="Seeds data order and dial.")] = 0,
-    exclude: Annotated[str, typer.Option(help="Packages left out of the training text.")] = "rich,typer,idlelib",
+    packages: Annotated[str, typer.Option(help="Packages to train on, beside the standard library.")] = PACKAGES,
     variants: Annotated[str, typer.Option(help="Copies to train.")] = "gate,uniform,dense",
     runs: Annotated[Path, typer.Option(help="Where trained copies are kept.")] = Path("runs/bench-quality"),
     out: Annotated[Path, typer.Option(help="Result file.")] = Path("benchmarks/quality.json"),
@@ -82,8 +83,8 @@ def main(
     """Trains, scores, writes the table."""
     silence_libraries()
     torch.set_num_threads(threads)
-    text = ["python-stdlib", f"{sysconfig.get_paths()['purelib']}/**/*.py"]
-    settings = {"model": model.name, "valid": valid.name, "tokens": tokens, "seed": seed, "windows": WINDOWS}
+    text = ["python-stdlib", *(f"{sysconfig.get_paths()['purelib']}/{name}/**/*.py" for name in packages.split(","))]
+    settings = {"model": model.name, "valid": valid.name, "tokens": tokens, "seed": seed, "packages": packages}
     command = f"python scripts/bench_quality.py {model.name} {valid.name} --tokens {tokens} --seed {seed}"
     table = Table(out, {"command": command, "settings": settings, "torch": torch.__version__})
     batches = list(windows(load_tokenizer(model), valid))
@@ -99,7 +100,6 @@ def main(
         overrides += [o if "." in o else f"finetune.{o}" for o in TRAINING[variant]]
         config = compose("nested", overrides)
         config.source, config.data.train = str(model), text
-        config.data.exclude = [f"*/{name}/*" for name in exclude.split(",")]
         folder = train(config, runs / f"{variant}-{tokens}-{seed}")
         if variant == "gate":
             untrained(table, folder["carve"], measure, batches)

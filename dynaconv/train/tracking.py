@@ -56,7 +56,7 @@ class Tracker:
         """Flushes and ends."""
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
 
 def _has_key() -> bool:
@@ -64,4 +64,4 @@ def _has_key() -> bool:
         return False
     import wandb
 
-    return bool(wandb.api.api_key)
+    return bool(wandb.login(prompt=False))  # looks into the environment and netrc, asks nobody
