@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 
 from dynaconv.kernels.weights import FFNWeights
 
-STEP_COST = {torch.bfloat16: 16 << 20, torch.float16: 16 << 20}
+STEP_COST = {torch.bfloat16: 8 << 20, torch.float16: 8 << 20}
 STEP_COST_OTHER = 2 << 20
 """What one more matrix product costs beside its arithmetic, in multiply-adds: some 30 us of one core, in which half
 precision does more of them. Found by trying 0 to 128 million at D x F of 256 x 1024, 1024 x 3072 and 2048 x 8192 with
@@ -54,7 +54,7 @@ def prefix_ffn(x: torch.Tensor, width: int, weights: FFNWeights, edges: Sequence
     if width == 0:
         return _no_blocks(x, weights)
     stop = edges[width]
-    return linear(_neurons(x, weights, 0, stop), weights.down[:, :stop], weights.down_bias)
+    return linear(_neurons(x, weights, 0, stop), weights.down.narrow(1, 0, stop), weights.down_bias)
 
 
 @torch.no_grad()
@@ -134,15 +134,15 @@ def merge(steps: Sequence[Step], slack: int) -> list[Step]:
 
 
 def _few_shapes(steps: Sequence[Step], rows: int) -> list[Step]:
-    """``steps`` with their row counts rounded up to 8, 16, 24 ... 64, then to 8 sizes an octave, at most ``rows``.
+    """``steps`` with their row counts rounded up to 8, 12, 16 ... 64, then to 8 sizes an octave, at most ``rows``.
 
     In half precision oneDNN compiles a kernel for every new shape, which takes about a millisecond: as long as the
     product of 1024 neurons and 80 rows. Left alone, a staircase would go on bringing new counts. Below 8 rows the time
-    goes into reading the weights, so that more rows are almost free.
+    goes into reading the weights, so that more rows are almost free: a batch of 8 becomes one step.
     """
 
     def round_up(count: int) -> int:
-        grain = max(8, 1 << count.bit_length() >> 4)
+        grain = 8 if count <= 8 else max(4, 1 << count.bit_length() >> 4)
         return min(rows, -(-count // grain) * grain)
 
     return [step._replace(rows=round_up(step.rows)) for step in steps]
@@ -188,12 +188,14 @@ def _neurons(
     x: torch.Tensor, weights: FFNWeights, start: int, stop: int, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Neurons [start, stop) of the network, into ``out`` where given: ``(M, D)`` to ``(M, stop - start)``."""
-    up = linear(x, weights.up[start:stop], None if weights.up_bias is None else weights.up_bias[start:stop])
+    count = stop - start
+    bias = None if weights.up_bias is None else weights.up_bias.narrow(0, start, count)
+    up = linear(x, weights.up.narrow(0, start, count), bias)
     if weights.gate is None:
         active = weights.activation(up)
         return active if out is None else out.copy_(active)
-    bias = None if weights.gate_bias is None else weights.gate_bias[start:stop]
-    return torch.mul(weights.activation(linear(x, weights.gate[start:stop], bias)), up, out=out)
+    bias = None if weights.gate_bias is None else weights.gate_bias.narrow(0, start, count)
+    return torch.mul(weights.activation(linear(x, weights.gate.narrow(0, start, count), bias)), up, out=out)
 
 
 def _no_blocks(x: torch.Tensor, weights: FFNWeights) -> torch.Tensor:
