@@ -20,15 +20,6 @@ class CalibrateStage(Stage):
     produces = "dials"
     sections = ("seed", "data", "calibrate")
 
-    def problems(self, config: RunConfig) -> list[str]:
-        """Too little text for one window each to solve and to score on."""
-        found, length = [], config.data.sequence_length
-        for name in ("tokens", "score_tokens"):
-            value = getattr(config.calibrate, name)
-            if value < length:
-                found.append(f"calibrate.{name}: {value} is less than one window of {length} tokens")
-        return found
-
     def estimate(self, config: RunConfig, source: Path) -> Estimate:
         """Parent and dynamic model side by side, and the logits of one batch."""
         from dynaconv.arch.checkpoint import Checkpoint

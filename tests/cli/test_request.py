@@ -95,3 +95,8 @@ def test_mistakes_of_every_kind_come_together() -> None:
     with pytest.raises(ConfigError, match="mistakes in the configuration"):
         asked.check(until="calibrate")
     assert isinstance(asked.config, RunConfig)
+
+
+def test_each_mistake_is_told_once() -> None:
+    few = ["finetune.tokens=10", "calibrate.tokens=10", "calibrate.score_tokens=10", "profile.tokens=10"]
+    assert len(request("org/model", few).problems()) == len(few)
