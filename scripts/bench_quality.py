@@ -4,6 +4,7 @@
 
 MODEL is a dense checkpoint, VALID.txt text that neither it nor the fine-tuning has seen. Trains three copies on
 the same tokens (routed, uniform widths, plain dense), then scores each policy on 160 random windows of 256 tokens.
+Training text is an equal share of every package on this machine; by size, a few large ones would drown the rest.
 Shares are matched by solving the level on those windows while gated: one number is fitted, to share and not to loss.
 Resumable: trained weights are kept in --runs, finished rows in --out.
 """
@@ -11,6 +12,7 @@ Resumable: trained weights are kept in --runs, finished rows in --out.
 from __future__ import annotations
 
 import json
+import random
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +38,7 @@ from dynaconv.progress import Progress
 from dynaconv.recipes import compose
 
 SHARES = (0.125, 0.25, 0.375, 0.5)
-PACKAGES = "torch,transformers"  # source text that is wherever dynaconv is
+PACKAGE_CHARACTERS = 60_000  # of each package, at most
 WINDOWS, LENGTH, BATCH = 160, 256, 16
 TRAINING = {"gate": [], "uniform": ["finetune.router=uniform"], "dense": ["finetune.router=uniform", "full_weight=1"]}
 
@@ -74,7 +76,7 @@ def main(
     valid: Annotated[Path, typer.Argument(help="Text nobody has trained on.")],
     tokens: Annotated[int, typer.Option(help="Fine-tuning tokens.")] = 1_500_000,
     seed: Annotated[int, typer.Option(help="Seeds data order and dial.")] = 0,
-    packages: Annotated[str, typer.Option(help="Packages to train on, beside the standard library.")] = PACKAGES,
+    exclude: Annotated[str, typer.Option(help="Packages left out of the training text.")] = "rich,typer,idlelib",
     variants: Annotated[str, typer.Option(help="Copies to train.")] = "gate,uniform,dense",
     runs: Annotated[Path, typer.Option(help="Where trained copies are kept.")] = Path("runs/bench-quality"),
     out: Annotated[Path, typer.Option(help="Result file.")] = Path("benchmarks/quality.json"),
@@ -83,8 +85,8 @@ def main(
     """Trains, scores, writes the table."""
     silence_libraries()
     torch.set_num_threads(threads)
-    text = ["python-stdlib", *(f"{sysconfig.get_paths()['purelib']}/{name}/**/*.py" for name in packages.split(","))]
-    settings = {"model": model.name, "valid": valid.name, "tokens": tokens, "seed": seed, "packages": packages}
+    text = training_text(runs / "train.txt", exclude.split(","))
+    settings = {"model": model.name, "valid": valid.name, "tokens": tokens, "seed": seed, "excluded": exclude}
     command = f"python scripts/bench_quality.py {model.name} {valid.name} --tokens {tokens} --seed {seed}"
     table = Table(out, {"command": command, "settings": settings, "torch": torch.__version__})
     batches = list(windows(load_tokenizer(model), valid))
@@ -99,7 +101,7 @@ def main(
         overrides = [f"finetune.tokens={tokens}", f"seed={seed}", "finetune.wandb=off"]
         overrides += [o if "." in o else f"finetune.{o}" for o in TRAINING[variant]]
         config = compose("nested", overrides)
-        config.source, config.data.train = str(model), text
+        config.source, config.data.train = str(model), [str(text)]
         folder = train(config, runs / f"{variant}-{tokens}-{seed}")
         if variant == "gate":
             untrained(table, folder["carve"], measure, batches)
@@ -115,6 +117,34 @@ def train(config: RunConfig, path: Path) -> dict[str, Path]:
         outcomes = run_pipeline(config, run, until="finetune", progress=progress)
     typer.echo(f"{path.name}: {time.monotonic() - began:.0f} s")
     return {outcome.name: outcome.folder for outcome in outcomes}
+
+
+def training_text(path: Path, exclude: list[str]) -> Path:
+    """Python source of the standard library and of installed packages, an equal share of each; made once."""
+    if path.is_file():
+        return path
+    paths = sysconfig.get_paths()
+    skipped = {*exclude, "site-packages", "encodings", "pydoc_data", "lib2to3"}
+    packages: dict[str, list[Path]] = {}
+    for root in (Path(paths["purelib"]), Path(paths["stdlib"])):
+        for file in sorted(root.rglob("*.py")):
+            parts = file.relative_to(root).parts
+            if not skipped & set(parts):
+                packages.setdefault(f"{root.name}/{parts[0] if len(parts) > 1 else ''}", []).append(file)
+    documents = []
+    for files in packages.values():
+        random.Random(0).shuffle(files)
+        left = PACKAGE_CHARACTERS
+        for file in files:
+            source = file.read_text(encoding="utf-8", errors="ignore")[:left]
+            documents += [source] if source.strip() else []
+            left -= len(source)
+            if left <= 0:
+                break
+    random.Random(0).shuffle(documents)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("<|endoftext|>".join(documents), encoding="utf-8")
+    return path
 
 
 def windows(tokenizer: Any, valid: Path) -> Iterator[Batch]:

@@ -19,6 +19,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.utils import cached_file
@@ -72,16 +73,18 @@ class DynamicMixin:
         with using(self.policy(dial)):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """As in the stock model; recomputed layers run under the dial of their own forward pass.
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **settings: Any
+    ) -> None:
+        """Where transformers' ways of turning activation checkpointing on meet: recomputed layers keep their dial.
 
         Raises:
             ValueError: Reentrant checkpointing is asked for, which cannot carry the dial.
         """
-        settings = {"use_reentrant": False, "context_fn": checkpoint_contexts, **(gradient_checkpointing_kwargs or {})}
-        if settings["use_reentrant"]:
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError("reentrant activation checkpointing loses the dial: use use_reentrant=False")
-        super().gradient_checkpointing_enable(settings)  # type: ignore[misc]
+        carrying = functools.partial(gradient_checkpointing_func, context_fn=checkpoint_contexts)
+        super()._set_gradient_checkpointing(enable, carrying, **settings)  # type: ignore[misc]
 
     def router_state(self) -> dict[str, Tensor]:
         """Router parameters as ``dynaconv.safetensors`` names them."""

@@ -64,7 +64,8 @@ class FinetuneStage(Stage):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = routed_model(context.inputs["dynamic"], tuning)
         if tuning.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            # transformers 5.23 has a new name for it and warns at the old one
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         engine = TorchEngine(model, tuning, device)
         require_space(context.work, 2 * 12 * sum(p.numel() for p in model.parameters()))
         parent = frozen_parent(context.inputs["dense"], device) if tuning.teacher == "parent" else None

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from dynamic_models import dynamic_model, token_ids
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -101,11 +102,17 @@ def test_the_dial_belongs_to_the_call(tiny_checkpoint: Maker) -> None:
         assert torch.equal(model(ids).logits, low)
 
 
-def test_checkpointed_layers_recompute_under_their_own_dial(tiny_checkpoint: Maker) -> None:
+@pytest.mark.parametrize("turn_on", ["gradient_checkpointing_enable", "activation_checkpointing_enable"])
+def test_checkpointed_layers_recompute_under_their_own_dial(tiny_checkpoint: Maker, turn_on: str) -> None:
+    if not hasattr(transformers.PreTrainedModel, turn_on):
+        pytest.skip("this transformers does not have it")
+    folder, calls = tiny_checkpoint(), []
+
     def gradients(checkpointing: bool) -> list[Tensor]:
-        model, ids = dynamic_model(tiny_checkpoint()).train(), token_ids()
+        model, ids = dynamic_model(folder).train(), token_ids()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            getattr(model, turn_on)()
+        model.ffns()[0].gate_proj.register_forward_hook(lambda *args: calls.append(checkpointing))
         losses = [model(ids, labels=ids, dial=dial, use_cache=False).loss for dial in (0.25, 1.0)]
         with torch.no_grad():
             model(ids, dial=0.5)  # another call in between must not leak into the recomputation
@@ -114,6 +121,7 @@ def test_checkpointed_layers_recompute_under_their_own_dial(tiny_checkpoint: Mak
 
     plain, recomputed = gradients(False), gradients(True)
     assert len(plain) == len(recomputed) > 0
+    assert calls.count(True) == calls.count(False) + 2, "two passes were to be recomputed"
     for a, b in zip(plain, recomputed, strict=True):
         assert torch.equal(a, b)
 

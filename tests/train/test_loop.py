@@ -109,9 +109,14 @@ def test_checkpointing_changes_nothing(tiny_checkpoint: Maker) -> None:
     folder = tiny_checkpoint()
     plain, saving = trainer(folder, CONFIG), trainer(folder, CONFIG)
     saving.engine.model.gradient_checkpointing_enable()
+    plain.engine.model.train(), saving.engine.model.train()
+    calls = []
+    gate = saving.engine.model.model.layers[0].mlp.gate_proj  # early in the layer: recomputation stops once it has all
+    gate.register_forward_hook(lambda *args: calls.append(1))
     for step in (0, 4):
         a, b = plain.step(step), saving.step(step)
         assert a == b
+    assert len(calls) == 2 * 2 * 2, "two steps of two passes, each run forward twice"
     for name, value in weights(plain).items():
         assert torch.equal(value, weights(saving)[name]), name
 
