@@ -1,9 +1,11 @@
 """Inference on a CPU that reads only the weights it needs. Ships with every exported model.
 
-Both kernels use weights where they lie: a prefix of blocks is a slice of the rows of gate and up and of the columns of
+The kernels use weights where they lie: a prefix of blocks is a slice of the rows of gate and up and of the columns of
 down. They are for inference; ``reference`` is for training.
 
 * ``prefix_ffn``: all tokens use the same width, so one slice of each matrix is all there is.
+* ``capped_ffn``: tokens differ, and the work is too small to divide: all use the largest width, then what a token did
+  not ask for is put to zero.
 * ``staircase_ffn``: tokens differ. Sorted by width, descending, every block is used by a contiguous prefix of the rows,
   so each weight is read once, by exactly the tokens that want it. Adjacent blocks used by the same rows are one step,
   and so are blocks whose rows differ by less than another step would cost: what is computed in vain is put to zero.
@@ -27,7 +29,7 @@ STEP_COST_OTHER = 2 << 20
 precision does more of them. Found by trying 0 to 128 million at D x F of 256 x 1024, 1024 x 3072 and 2048 x 8192 with
 2 to 256 tokens. Within a factor of 2 the choice hardly matters; 0 loses 10 % at D 2048 and half at D 256 in bf16."""
 
-UNSORTED_ROWS = 16
+CLEARED_ROWS = 8
 """Up to this many rows that make one step, clearing them one by one is cheaper than sorting them."""
 
 
@@ -58,6 +60,23 @@ def prefix_ffn(x: torch.Tensor, width: int, weights: FFNWeights, edges: Sequence
 
 
 @torch.no_grad()
+def capped_ffn(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, edges: Sequence[int]) -> torch.Tensor:
+    """The FFN of each token with the first ``widths[m]`` blocks, computed to the largest of them for all tokens.
+
+    Arguments and result as :func:`staircase_ffn`, which does less arithmetic in more steps.
+    """
+    stops = [edges[width] for width in widths.tolist()]
+    largest = max(stops, default=0)
+    if largest == 0:
+        return _no_blocks(x, weights)
+    hidden = _neurons(x, weights, 0, largest)
+    for row, stop in enumerate(stops):
+        if stop < largest:
+            hidden[row, stop:].zero_()
+    return linear(hidden, weights.down.narrow(1, 0, largest), weights.down_bias)
+
+
+@torch.no_grad()
 def staircase_ffn(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, edges: Sequence[int]) -> torch.Tensor:
     """The FFN of each token with the first ``widths[m]`` blocks, every weight read at most once. Records no gradients.
 
@@ -70,15 +89,14 @@ def staircase_ffn(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, ed
     Returns:
         ``(M, D)``, always a new tensor.
     """
-    values = widths.tolist()
-    steps = stairs(sorted(values, reverse=True), edges)
+    steps = stairs(sorted(widths.tolist(), reverse=True), edges)
     if not steps:
         return _no_blocks(x, weights)
     shapes = _few_shapes(steps, len(x)) if x.dtype in STEP_COST else steps
-    slack = STEP_COST.get(x.dtype, STEP_COST_OTHER) // x.shape[1]  # in row-neurons of one matrix product
+    slack = step_cost(x.dtype) // x.shape[1]  # in row-neurons of one matrix product
     inner, outer = merge(shapes, slack if weights.gate is None else slack // 2), merge(shapes, slack)
-    if len(inner) == 1 and len(x) <= UNSORTED_ROWS:
-        return _one_step(x, [edges[width] for width in values], weights)
+    if len(inner) == 1 and len(x) <= CLEARED_ROWS:
+        return capped_ffn(x, widths, weights, edges)
     order = widths.argsort(descending=True)
     rows = x.index_select(0, order)
     hidden = x.new_empty(len(x), edges[-1])  # not only to the last step: the row stride is part of a product's shape
@@ -87,6 +105,11 @@ def staircase_ffn(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, ed
     _clear(hidden, steps, outer)
     total = _down(hidden, outer, weights)
     return torch.empty_like(total).index_copy_(0, order, total)
+
+
+def step_cost(dtype: torch.dtype) -> int:
+    """What one more matrix product costs beside its arithmetic, in multiply-adds of ``dtype``."""
+    return STEP_COST.get(dtype, STEP_COST_OTHER)
 
 
 def stairs(widths: Sequence[int], edges: Sequence[int]) -> list[Step]:
@@ -146,16 +169,6 @@ def _few_shapes(steps: Sequence[Step], rows: int) -> list[Step]:
         return min(rows, -(-count // grain) * grain)
 
     return [step._replace(rows=round_up(step.rows)) for step in steps]
-
-
-def _one_step(x: torch.Tensor, stops: Sequence[int], weights: FFNWeights) -> torch.Tensor:
-    """All rows to the largest of ``stops``, each row's own neurons beyond its stop put to zero. Sorts nothing."""
-    largest = max(stops)
-    hidden = _neurons(x, weights, 0, largest)
-    for row, stop in enumerate(stops):
-        if stop < largest:
-            hidden[row, stop:].zero_()
-    return linear(hidden, weights.down[:, :largest], weights.down_bias)
 
 
 def _clear(hidden: torch.Tensor, steps: Sequence[Step], plan: Sequence[Step]) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import linear
 
-from dynaconv.kernels.cpu import prefix_ffn, staircase_ffn
+from dynaconv.kernels.cpu import capped_ffn, prefix_ffn, staircase_ffn, step_cost
 from dynaconv.kernels.reference import block_ffn, hidden_neurons, width_masks
 from dynaconv.kernels.weights import FFNWeights
 
@@ -22,7 +22,7 @@ class Decision(NamedTuple):
     """Which kernel runs, and why.
 
     Attributes:
-        kernel: ``reference``, ``dense``, ``prefix`` or ``staircase``.
+        kernel: ``reference``, ``dense``, ``prefix``, ``capped`` or ``staircase``.
         reason: One sentence for people.
     """
 
@@ -35,6 +35,7 @@ GRADIENT = Decision("reference", "a gradient is wanted and the CPU kernels are f
 EMPTY = Decision("dense", "there are no tokens")
 DENSE = Decision("dense", "every token uses every block")
 PREFIX = Decision("prefix", "every token uses the same width")
+CAPPED = Decision("capped", "tokens use different widths, and the work is too small to divide")
 STAIRCASE = Decision("staircase", "tokens use different widths")
 
 
@@ -50,11 +51,13 @@ def nested_ffn(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, edges
     Returns:
         ``(M, D)``. With gradients where grad mode is on and ``x`` or a weight wants one.
     """
-    kernel, width = _choose(x, widths, weights, len(edges) - 1)
+    kernel, width = _choose(x, widths, weights, edges)
     if kernel is PREFIX:
         return prefix_ffn(x, width, weights, edges)
     if kernel is STAIRCASE:
         return staircase_ffn(x, widths, weights, edges)
+    if kernel is CAPPED:
+        return capped_ffn(x, widths, weights, edges)
     if kernel is DENSE or kernel is EMPTY:
         return linear(hidden_neurons(x, weights), weights.down, weights.down_bias)
     return block_ffn(x, width_masks(widths), weights, edges)
@@ -62,10 +65,10 @@ def nested_ffn(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, edges
 
 def decide(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, edges: Sequence[int]) -> Decision:
     """What :func:`nested_ffn` does with these arguments, and why."""
-    return _choose(x, widths, weights, len(edges) - 1)[0]
+    return _choose(x, widths, weights, edges)[0]
 
 
-def _choose(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, blocks: int) -> tuple[Decision, int]:
+def _choose(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, edges: Sequence[int]) -> tuple[Decision, int]:
     """The decision and the largest width of the batch (0 where it was not looked at).
 
     At one token this runs for every layer, with caches that 100 MB of weights have just gone through: ``len`` or
@@ -79,6 +82,7 @@ def _choose(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, blocks: 
     if not values:
         return EMPTY, 0
     low, high = min(values), max(values)
-    if low == blocks:
-        return DENSE, high
-    return (PREFIX if low == high else STAIRCASE), high
+    if low == high:
+        return (DENSE if low == len(edges) - 1 else PREFIX), high
+    small = len(values) * edges[high] * x.shape[1] <= step_cost(x.dtype)
+    return (CAPPED if small else STAIRCASE), high

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynaconv.kernels import cpu
-from dynaconv.kernels.cpu import Step, merge, prefix_ffn, staircase_ffn, stairs
+from dynaconv.kernels.cpu import Step, capped_ffn, merge, prefix_ffn, staircase_ffn, stairs
 from dynaconv.kernels.reference import block_ffn, width_masks
 from dynaconv.kernels.weights import FFNWeights
 
@@ -54,7 +54,9 @@ def test_odd_shapes(step_cost: str, gated: bool, bias: bool, blocks: int) -> Non
     weights, edges = random_network(D, F, gated=gated, bias=bias), random_edges(F, blocks)
     for tokens in range(1, 18):
         x, widths = torch.randn(tokens, D, dtype=torch.float64), torch.randint(0, blocks + 1, (tokens,))
-        torch.testing.assert_close(staircase_ffn(x, widths, weights, edges), truth(x, widths, weights, edges), **EXACT)
+        expected = truth(x, widths, weights, edges)
+        torch.testing.assert_close(staircase_ffn(x, widths, weights, edges), expected, **EXACT)
+        torch.testing.assert_close(capped_ffn(x, widths, weights, edges), expected, **EXACT)
 
 
 @pytest.mark.parametrize("blocks", [1, 5, 64])
@@ -93,6 +95,7 @@ def test_no_tokens() -> None:
     weights, none = random_network(D, F, bias=True), torch.zeros(0, dtype=torch.int64)
     x = torch.zeros(0, D, dtype=torch.float64)
     assert staircase_ffn(x, none, weights, (0, 40, F)).shape == (0, D)
+    assert capped_ffn(x, none, weights, (0, 40, F)).shape == (0, D)
     assert prefix_ffn(x, 1, weights, (0, 40, F)).shape == (0, D)
 
 
@@ -164,7 +167,9 @@ def test_an_unused_block_is_not_read() -> None:
         assert part is not None
         part[40:] = torch.nan
     x = torch.randn(5, D, dtype=torch.float64)
-    assert staircase_ffn(x, torch.tensor([2, 0, 1, 2, 1]), weights, edges).isfinite().all()
+    widths = torch.tensor([2, 0, 1, 2, 1])
+    assert staircase_ffn(x, widths, weights, edges).isfinite().all()
+    assert capped_ffn(x, widths, weights, edges).isfinite().all()
     assert prefix_ffn(x, 2, weights, edges).isfinite().all()
 
 

@@ -23,8 +23,8 @@ EDGES = (0, 3, 7, 20, 21)
         ([2], "prefix"),
         ([0], "prefix"),
         ([0, 0], "prefix"),
-        ([4, 3], "staircase"),
-        ([0, 4, 1], "staircase"),
+        ([4, 3], "capped"),
+        ([0, 2, 1], "capped"),
         ([], "dense"),
     ],
 )
@@ -36,6 +36,16 @@ def test_the_kernel_follows_from_the_widths(widths: list[int], kernel: str) -> N
     assert decision.reason
     expected = block_ffn(x, width_masks(wanted), weights, EDGES)
     torch.testing.assert_close(nested_ffn(x, wanted, weights, EDGES), expected, rtol=0, atol=1e-12)
+
+
+def test_work_worth_dividing_takes_the_staircase() -> None:
+    weights, edges = random_network(63, 77), (0, 30, 60, 77)
+    few, many = torch.tensor([3, 1, 0, 2]), torch.tensor([3, 1, 0, 2] * 200)
+    assert decide(torch.randn(4, 63, dtype=torch.float64), few, weights, edges).kernel == "capped"
+    x = torch.randn(800, 63, dtype=torch.float64)
+    assert decide(x, many, weights, edges).kernel == "staircase"
+    expected = block_ffn(x, width_masks(many), weights, edges)
+    torch.testing.assert_close(nested_ffn(x, many, weights, edges), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("who", ["x", "up", "down_bias"])
@@ -50,7 +60,7 @@ def test_a_wanted_gradient_takes_the_reference(who: str) -> None:
     block_ffn(x, width_masks(widths), weights, EDGES).sum().backward()
     torch.testing.assert_close(found, wants.grad, rtol=0, atol=1e-12)
     with torch.no_grad():
-        assert decide(x, widths, weights, EDGES).kernel == "staircase"
+        assert decide(x, widths, weights, EDGES).kernel == "capped"
         assert not nested_ffn(x, widths, weights, EDGES).requires_grad
 
 
