@@ -13,7 +13,7 @@ from dynaconv.errors import ArtifactError, ConfigError
 from dynaconv.recipes import DEFAULT, Draft, draft, draft_of, find
 
 RUNS = Path("runs")
-DEFAULT_SOURCE = "base"
+DEFAULT_SOURCE = "embedded"
 OVERRIDE = re.compile(r"[+~]*[A-Za-z_][\w.]*=")
 
 

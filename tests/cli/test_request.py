@@ -35,7 +35,7 @@ def shown(asked: Request) -> tuple[str, str, int]:
 
 
 def test_nothing_given_means_the_embedded_default() -> None:
-    assert shown(request(None)) == ("", "runs/base-nested", 8)
+    assert shown(request(None)) == ("", "runs/embedded-nested", 8)
 
 
 def test_a_run_is_named_after_its_source_and_recipe(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_a_run_is_named_after_its_source_and_recipe(tmp_path: Path) -> None:
 
 
 def test_an_override_may_come_first() -> None:
-    assert shown(request("blocks=4")) == ("", "runs/base-nested", 4)
+    assert shown(request("blocks=4")) == ("", "runs/embedded-nested", 4)
     assert shown(request("blocks=4", ["seed=1"])).count(4) == 1
     assert shown(request(None, ["source=org/model"])) == ("org/model", "runs/model-nested", 8)
 
