@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
+
+import torch
 
 from dynaconv.artifacts.files import storage_errors
 from dynaconv.artifacts.fingerprint import fingerprint
-from dynaconv.config import DataConfig
 from dynaconv.data.digest import digest
 from dynaconv.errors import ArtifactError
 from dynaconv.progress import Progress
-from dynaconv.train.pretrain import Pretraining, Schedule, pretrain
+from dynaconv.train.pretrain import Pretraining, pretrain
 
 RECIPE = 1  # raise when a change in how the base is trained changes the result of the same settings
-
-
-def embedded_settings() -> Pretraining:
-    """What the embedded default is trained with; about a minute on two cores."""
-    threads = min(2, os.cpu_count() or 1)
-    return Pretraining(schedule=Schedule(threads=threads), data=DataConfig(sequence_length=128))
 
 
 def default_source(progress: Progress, settings: Pretraining | None = None) -> Path:
@@ -41,7 +37,7 @@ def default_source(progress: Progress, settings: Pretraining | None = None) -> P
         ArtifactError: The cache cannot be written.
         DataError: This Python comes without its standard library's source.
     """
-    settings = settings or embedded_settings()
+    settings = settings or Pretraining()
     folder = default_folder(settings)
     if (folder / "config.json").is_file():
         return folder
@@ -49,16 +45,22 @@ def default_source(progress: Progress, settings: Pretraining | None = None) -> P
         if not (folder / "config.json").is_file():
             for leftover in folder.parent.glob(f".{folder.name}.*.partial"):
                 shutil.rmtree(leftover, ignore_errors=True)
-            progress.say("no SOURCE given: making the embedded base model, once, in about a minute")
-            pretrain(folder, settings, progress)
+            progress.say("no SOURCE given: making the embedded base model, once; about a minute on two free cores")
+            schedule = dataclasses.replace(settings.schedule, threads=settings.schedule.threads or _faster_threads())
+            pretrain(folder, dataclasses.replace(settings, schedule=schedule), progress)
     return folder
 
 
 def default_folder(settings: Pretraining | None = None) -> Path:
     """Where the base of these settings and this Python's text is, or will be once it is made."""
-    settings = settings or embedded_settings()
+    settings = settings or Pretraining()
     python = ".".join(platform.python_version_tuple()[:2])
-    parts = {"recipe": RECIPE, "settings": asdict(settings), "python": python, "text": digest(settings.data)}
+    parts = {
+        "recipe": RECIPE,
+        "settings": dataclasses.asdict(settings),
+        "python": python,
+        "text": digest(settings.data),
+    }
     return cache_folder() / f"base-{fingerprint(parts)[:16]}"
 
 
@@ -69,6 +71,25 @@ def cache_folder() -> Path:
         return Path(named).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "dynaconv"
+
+
+def _faster_threads() -> int:
+    """One CPU thread or two, whichever is faster on matrices of the base's size right now.
+
+    Two should be, and for a model this small more would not help. But where other programs keep the cores busy, each
+    thread waits for the other at every operation, and two can be a hundred times slower than one.
+    """
+    x, weight = torch.ones(512, 128), torch.ones(128, 384)
+    before, seconds = torch.get_num_threads(), {}
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        torch.mm(x, weight)  # starts the threads
+        start = time.perf_counter()
+        for _ in range(30):
+            torch.nn.functional.silu(torch.mm(x, weight))
+        seconds[count] = time.perf_counter() - start
+    torch.set_num_threads(before)
+    return min(seconds, key=lambda count: seconds[count])
 
 
 @contextmanager

@@ -55,7 +55,9 @@ def test_it_learns_and_twice_gives_the_same_bytes(settings: Pretraining, tmp_pat
 
 
 def test_two_threads_give_the_same_bytes_too(settings: Pretraining, tmp_path: Path) -> None:
-    two = dataclasses.replace(settings, schedule=dataclasses.replace(SHORT, tokens=1024, threads=2))
+    two = dataclasses.replace(
+        settings, schedule=dataclasses.replace(SHORT, tokens=512, validation_tokens=256, threads=2)
+    )
     for name in "ab":
         pretrain(tmp_path / name, two, QUIET)
     assert len({sha256(tmp_path / name / "model.safetensors") for name in "ab"}) == 1
@@ -162,6 +164,34 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert defaults.cache_folder() == tmp_path / "xdg" / "dynaconv"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert defaults.cache_folder() == Path.home() / ".cache" / "dynaconv"
+
+
+def test_the_number_of_threads_is_one_or_two_and_no_part_of_the_key(
+    settings: Pretraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DYNACONV_CACHE", str(tmp_path))
+    assert defaults._faster_threads() in (1, 2)
+    assert torch.get_num_threads() == 1
+    free = dataclasses.replace(settings, schedule=dataclasses.replace(SHORT, tokens=256, threads=None))
+    monkeypatch.setattr(defaults, "_faster_threads", lambda: 1)
+    folder = defaults.default_source(QUIET, free)
+    monkeypatch.setattr(defaults, "_faster_threads", lambda: pytest.fail("trained again"))
+    assert defaults.default_source(QUIET, free) == folder
+
+
+def test_the_script_makes_a_base_of_any_shape(text_file: Path, tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[2] / "scripts" / "pretrain_base.py"
+    shape = "--hidden 32 --layers 1 --heads 2 --kv-heads 1 --ffn 64 --vocabulary 300 --positions 64 --untied"
+    run = f"--tokens 1e3 --sequence-length 32 --accumulation 2 --dtype bf16 --device cpu --threads 1 --data {text_file}"
+    command = [sys.executable, str(script), "--out", str(tmp_path / "base"), *shape.split(), *run.split()]
+    made = subprocess.run(command, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    assert "held-out loss" in made.stderr
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    assert (config["hidden_size"], config["intermediate_size"], config["tie_word_embeddings"]) == (32, 64, False)
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == ArtifactError.exit_code
+    assert "Traceback" not in again.stderr
 
 
 CHILD = """
