@@ -25,7 +25,13 @@ PROMPT_TOKENS = 24
 
 _SCRIPT = """
 import json, sys
-sys.modules["dynaconv"] = None  # importing it fails from here on
+
+class NoDynaconv:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "dynaconv":
+            raise ModuleNotFoundError("dynaconv is not to be imported here", name=name)
+
+sys.meta_path.insert(0, NoDynaconv())
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM

@@ -17,9 +17,12 @@ from dynaconv.calibrate.frontier import FRONTIER_FILE, PICTURE_FILE
 from dynaconv.dynamic.layout import ROUTER_FILE, Layout
 from dynaconv.export.bundle import ENTRY_CLASS, ENTRY_FILE, write_bundle
 from dynaconv.export.card import model_card
+from dynaconv.export.check import check
 from dynaconv.version import __version__
 
 CARD_FILE = "README.md"
+
+__all__ = ["check", "write"]
 
 
 def write(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from dynaconv.artifacts.files import read_json
 from dynaconv.config import RunConfig
 from dynaconv.pipeline.stage import Estimate, Stage, StageContext
+
+TARGETS = {"hf": "dynaconv.export.hf"}
+"""Modules by the name that recipes use. Each has ``write`` and ``check``, as in ``hf``."""
 
 
 class ExportStage(Stage):
@@ -30,12 +34,11 @@ class ExportStage(Stage):
     def run(self, context: StageContext) -> dict[str, Any]:
         """Writes and checks."""
         from dynaconv.dynamic.layout import Layout
-        from dynaconv.export import hf
-        from dynaconv.export.check import check
 
         config, dynamic, dials = context.config, context.inputs["dynamic"], context.inputs["dials"]
+        target = import_module(TARGETS[config.export.target])
         with context.progress.task("export", total=2, unit="steps") as task:
-            hf.write(
+            target.write(
                 dynamic,
                 dials,
                 context.folder,
@@ -47,7 +50,7 @@ class ExportStage(Stage):
             if not config.export.check:
                 return {"checked": False}
             dial = Layout.load(context.folder).dial
-            differences = check(context.folder, dial.budgets[len(dial.budgets) // 2] if dial else 1.0)
+            differences = target.check(context.folder, dial.budgets[len(dial.budgets) // 2] if dial else 1.0)
             task.advance(note="reloaded and compared")
         return {"checked": True, "differences": differences}
 
