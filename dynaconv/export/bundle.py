@@ -42,12 +42,22 @@ def shipped_modules() -> dict[str, str]:
     return found
 
 
-def write_bundle(folder: Path) -> list[str]:
-    """Writes the flat files into ``folder`` and returns their names."""
+def write_bundle(folder: Path, model_type: str) -> list[str]:
+    """Writes the flat files into ``folder`` and returns their names.
+
+    Args:
+        folder: The exported folder.
+        model_type: The parent's. Its config class is named in the entry file, since transformers compares the two.
+    """
+    from transformers import AutoConfig
+
+    config_class = type(AutoConfig.for_model(model_type)).__name__
     names = []
     for module, source in sorted(shipped_modules().items()):
         name = f"{flat_name(module)}.py"
         flat = _OURS.sub(lambda match: f"{match[1]}from .{flat_name(match[2])} import ", source)
+        if module == ENTRY:
+            flat += f"\n\n{ENTRY_CLASS}.config_class = transformers.{config_class}  # written by export\n"
         (folder / name).write_text(flat, encoding="utf-8")
         names.append(name)
     return names

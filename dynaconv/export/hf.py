@@ -41,6 +41,7 @@ def write(
     Raises:
         ArtifactError: The disk is full or cannot be written.
     """
+    config = read_config(dynamic)
     weights = [path for path in sorted(dynamic.glob("*.safetensors*")) if path.name != ROUTER_FILE]
     if (dynamic / ROUTER_FILE).is_file():
         weights.append(dynamic / ROUTER_FILE)
@@ -48,11 +49,10 @@ def write(
     with storage_errors(folder):
         for path in [*weights, dials / FRONTIER_FILE, dials / PICTURE_FILE]:
             shutil.copyfile(path, folder / path.name)
-        write_bundle(folder)
+        write_bundle(folder, config["model_type"])
     copy_side_files(dynamic, folder)
     layout = replace(Layout.load(dials), lineage=dict(lineage))
     layout.save(folder)
-    config = read_config(dynamic)
     config["auto_map"] = {"AutoModelForCausalLM": f"{ENTRY_FILE}.{ENTRY_CLASS}"}
     config["dynaconv"] = {"version": __version__, "blocks": layout.blocks, "router": layout.router.kind}
     write_json(folder / CONFIG_FILE, config)

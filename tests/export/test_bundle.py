@@ -13,7 +13,8 @@ OUTSIDE = {"torch", "transformers", "safetensors"}
 def test_every_import_is_shipped_or_on_the_index(tmp_path: Path) -> None:
     import sys
 
-    names = write_bundle(tmp_path)
+    names = write_bundle(tmp_path, "qwen2")
+    assert f"{ENTRY_CLASS}.config_class = transformers.Qwen2Config" in (tmp_path / f"{ENTRY_FILE}.py").read_text()
     stems = {name.removesuffix(".py") for name in names}
     assert ENTRY_FILE in stems
     for name in names:
