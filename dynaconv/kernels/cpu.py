@@ -4,8 +4,8 @@ The kernels use weights where they lie: a prefix of blocks is a slice of the row
 down. They are for inference; ``reference`` is for training.
 
 * ``prefix_ffn``: all tokens use the same width, so one slice of each matrix is all there is.
-* ``capped_ffn``: tokens differ, and the work is too small to divide: all use the largest width, then what a token did
-  not ask for is put to zero.
+* ``capped_ffn``: tokens differ, but there is too little to save: all use the largest width, then what a token did not
+  ask for is put to zero.
 * ``staircase_ffn``: tokens differ. Sorted by width, descending, every block is used by a contiguous prefix of the rows,
   so each weight is read once, by exactly the tokens that want it. Adjacent blocks used by the same rows are one step,
   and so are blocks whose rows differ by less than another step would cost: what is computed in vain is put to zero.
@@ -24,13 +24,13 @@ from torch.nn.functional import linear
 from dynaconv.kernels.weights import FFNWeights
 
 STEP_COST = {torch.bfloat16: 8 << 20, torch.float16: 8 << 20}
-STEP_COST_OTHER = 2 << 20
+STEP_COST_OTHER = 1 << 20
 """What one more matrix product costs beside its arithmetic, in multiply-adds: some 30 us of one core, in which half
 precision does more of them. Found by trying 0 to 128 million at D x F of 256 x 1024, 1024 x 3072 and 2048 x 8192 with
 2 to 256 tokens. Within a factor of 2 the choice hardly matters; 0 loses 10 % at D 2048 and half at D 256 in bf16."""
 
-CLEARED_ROWS = 8
-"""Up to this many rows that make one step, clearing them one by one is cheaper than sorting them."""
+CLEARED_ROWS = 16
+"""Up to this many rows, clearing them one by one costs no more than sorting them, moving them and moving them back."""
 
 
 class Step(NamedTuple):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import linear
 
-from dynaconv.kernels.cpu import capped_ffn, prefix_ffn, staircase_ffn, step_cost
+from dynaconv.kernels.cpu import CLEARED_ROWS, capped_ffn, prefix_ffn, staircase_ffn, step_cost
 from dynaconv.kernels.reference import block_ffn, hidden_neurons, width_masks
 from dynaconv.kernels.weights import FFNWeights
 
@@ -30,12 +30,15 @@ class Decision(NamedTuple):
     reason: str
 
 
+SORTING_STEPS = 4
+"""What sorting a small batch and putting it back costs, in further matrix products."""
+
 OFF_CPU = Decision("reference", "there is a fast kernel for the CPU only")
 GRADIENT = Decision("reference", "a gradient is wanted and the CPU kernels are for inference")
 EMPTY = Decision("dense", "there are no tokens")
 DENSE = Decision("dense", "every token uses every block")
 PREFIX = Decision("prefix", "every token uses the same width")
-CAPPED = Decision("capped", "tokens use different widths, and the work is too small to divide")
+CAPPED = Decision("capped", "tokens use different widths, and to compute each one's would save less than it costs")
 STAIRCASE = Decision("staircase", "tokens use different widths")
 
 
@@ -84,5 +87,8 @@ def _choose(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, edges: S
     low, high = min(values), max(values)
     if low == high:
         return (DENSE if low == len(edges) - 1 else PREFIX), high
-    small = len(values) * edges[high] * x.shape[1] <= step_cost(x.dtype)
-    return (CAPPED if small else STAIRCASE), high
+    if len(values) <= CLEARED_ROWS:
+        unused = sum(edges[high] - edges[value] for value in values)
+        if unused * x.shape[1] <= SORTING_STEPS * step_cost(x.dtype):
+            return CAPPED, high
+    return STAIRCASE, high

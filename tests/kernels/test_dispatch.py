@@ -38,7 +38,7 @@ def test_the_kernel_follows_from_the_widths(widths: list[int], kernel: str) -> N
     torch.testing.assert_close(nested_ffn(x, wanted, weights, EDGES), expected, rtol=0, atol=1e-12)
 
 
-def test_work_worth_dividing_takes_the_staircase() -> None:
+def test_many_tokens_take_the_staircase() -> None:
     weights, edges = random_network(63, 77), (0, 30, 60, 77)
     few, many = torch.tensor([3, 1, 0, 2]), torch.tensor([3, 1, 0, 2] * 200)
     assert decide(torch.randn(4, 63, dtype=torch.float64), few, weights, edges).kernel == "capped"
