@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dynaconv.config import DataConfig
 from dynaconv.data.digest import digest
-from dynaconv.data.split import split_documents, split_excerpts
+from dynaconv.data.split import split_documents
 from dynaconv.data.windows import PaddedWindows, Windows
 from dynaconv.errors import DataError
 
@@ -49,9 +49,8 @@ def load_corpus(
 ) -> Corpus:
     """Reads and tokenises as much of the text as is asked for; the same arguments give the same tokens.
 
-    Documents follow each other in a hash's order, joined by the end-of-text token. Where less than all is asked for,
-    one excerpt of each is read before a second one of any, so that a smaller number of tokens is a prefix and a fair
-    sample of a larger one. The split does not depend on how much is asked for.
+    Documents follow each other in a hash's order, joined by the end-of-text token, so a smaller ``train_tokens`` is a
+    prefix and a fair sample of a larger one. The split does not depend on how much is asked for.
 
     Args:
         config: Where the text is, and how it is split and cut.
@@ -82,9 +81,7 @@ def load_corpus(
         True: _Side("validation", config, tokenizer, validation_tokens, vocabulary),
     }
     skipped: list[str] = []
-    everything = train_tokens is None or validation_tokens is None
-    read = split_documents if everything or not config.pack else split_excerpts
-    for held_out, document in read(config, skipped=skipped):
+    for held_out, document in split_documents(config, skipped=skipped):
         sides[held_out].add(document.text)
         if all(side.full for side in sides.values()):
             break

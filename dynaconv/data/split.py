@@ -14,12 +14,10 @@ from typing import NamedTuple
 
 from dynaconv.config import DataConfig
 from dynaconv.data.readers import Document
-from dynaconv.data.sources import documents, files
+from dynaconv.data.sources import documents
 
 FEW = 200  # documents; with fewer, a share of 5 % held out by chance may be none
-PIECE = 2048  # characters of such a piece, at least
-WINDOWS_AN_EXCERPT = 4  # at least
-CHARACTERS_A_TOKEN = 4  # roughly, in most text
+PIECE = 2048  # characters of a piece of a document, at least
 
 
 class Sided(NamedTuple):
@@ -61,32 +59,6 @@ def split_documents(config: DataConfig, *, skipped: list[str] | None = None) -> 
         yield Sided(_is_held_out(document.text, config.validation_share), document)
 
 
-def split_excerpts(config: DataConfig, *, skipped: list[str] | None = None) -> Iterator[Sided]:
-    """Like :func:`split_documents`, but one excerpt of every document before a second one of any.
-
-    For reading less than all of the text: so many tokens from many documents teach, and measure, more than the same
-    number from few. Text of datasets on the hub comes in whole documents, as going through it again would be slow.
-
-    Raises:
-        DataError: See :func:`dynaconv.data.sources.documents`.
-    """
-    if any(files(spec, config.exclude) is None for spec in [*config.train, *(config.validation or [])]):
-        yield from split_documents(config, skipped=skipped)
-        return
-    size = WINDOWS_AN_EXCERPT * CHARACTERS_A_TOKEN * config.sequence_length
-    for turn in itertools.count():
-        longest = 0
-        for held_out, document in split_documents(config, skipped=skipped):
-            pieces = list(_pieces(document.text, size))
-            longest = max(longest, len(pieces))
-            if turn < len(pieces):
-                names = [f"{document.name}.{index}" for index in range(len(pieces))]
-                index = sorted(range(len(pieces)), key=lambda i: content_hash(names[i]))[turn]
-                yield Sided(held_out, Document(names[index], pieces[index]))
-        if turn + 1 >= longest:
-            return
-
-
 def _is_held_out(text: str, share: float) -> bool:
     return int.from_bytes(content_hash(text)[:8]) < share * 2**64
 
@@ -95,7 +67,7 @@ def _split_few(few: Iterable[Document], share: float) -> Iterator[Sided]:
     pieces = [
         Document(f"{document.name}.{index}", piece)
         for document in few
-        for index, piece in enumerate(_pieces(document.text, PIECE))
+        for index, piece in enumerate(_pieces(document.text))
     ]
     pieces.sort(key=lambda piece: (content_hash(piece.name), piece.name))
     hashes = sorted({content_hash(piece.text) for piece in pieces})
@@ -105,14 +77,14 @@ def _split_few(few: Iterable[Document], share: float) -> Iterator[Sided]:
         yield Sided(content_hash(piece.text) in held_out, piece)
 
 
-def _pieces(text: str, size: int) -> Iterator[str]:
-    """Cuts at the first empty line after ``size`` characters; after twice that at a line end, at worst anywhere."""
+def _pieces(text: str) -> Iterator[str]:
+    """Cuts at the first empty line after PIECE characters; after twice that at a line end, at worst anywhere."""
     start = 0
     while start < len(text):
-        empty_line = text.find("\n\n", start + size, start + 2 * size)
-        line_end = text.find("\n", start + 2 * size, start + 3 * size)
-        stop = empty_line + 2 if empty_line >= 0 else line_end + 1 if line_end >= 0 else start + 3 * size
-        if len(text) - stop < size:
+        empty_line = text.find("\n\n", start + PIECE, start + 2 * PIECE)
+        line_end = text.find("\n", start + 2 * PIECE, start + 3 * PIECE)
+        stop = empty_line + 2 if empty_line >= 0 else line_end + 1 if line_end >= 0 else start + 3 * PIECE
+        if len(text) - stop < PIECE:
             stop = len(text)
         if text[start:stop].strip():
             yield text[start:stop]

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from dynaconv.config import DataConfig
-from dynaconv.data import hub
-from dynaconv.data.split import FEW, PIECE, split_documents, split_excerpts
+from dynaconv.data.split import FEW, PIECE, split_documents
 from dynaconv.errors import DataError
 
 
@@ -94,27 +93,3 @@ def test_the_standard_library_splits_at_its_share() -> None:
 def test_missing_validation_text_is_an_error(folder: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         sides(DataConfig(train=[str(folder)], validation=["./gone.txt"]))
-
-
-def test_excerpts_come_from_every_document_before_a_second_one(tmp_path: Path) -> None:
-    lines = 400
-    for i in range(FEW + 50):
-        repeats = 1 if i % 2 else lines  # half of them are long
-        (tmp_path / f"{i}.txt").write_text("".join(f"document {i}, line {line}\n" for line in range(repeats)))
-    config = DataConfig(train=[str(tmp_path)], sequence_length=64)
-    found = list(split_excerpts(config))
-    first = [sided.document.text for sided in found[: FEW + 50]]
-    assert len({text.split(",")[0].split("\n")[0] for text in first}) == FEW + 50
-    assert sum("line 0\n" not in text for text in first) > FEW / 4  # not always the beginning
-    whole = list(split_documents(config))
-    for side in (False, True):
-        excerpts = "".join(sided.document.text for sided in found if sided.held_out == side)
-        documents = "".join(sided.document.text for sided in whole if sided.held_out == side)
-        assert sorted(excerpts.splitlines()) == sorted(documents.splitlines())
-
-
-def test_datasets_are_gone_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [hub.Document(str(i), f"{i} " * 10_000) for i in range(FEW)]
-    monkeypatch.setattr(hub, "documents", lambda *_: iter(rows))
-    config = DataConfig(train=["some/dataset"])
-    assert list(split_excerpts(config)) == list(split_documents(config))
