@@ -19,7 +19,7 @@ def draw_frontier(content: Mapping[str, Any], path: Path) -> None:
     from matplotlib.ticker import PercentFormatter
 
     points, parent = content["frontier"], content["parent"]
-    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
     cost = [point["flops_per_token"] / parent["flops_per_token"] for point in points]
@@ -33,6 +33,7 @@ def draw_frontier(content: Mapping[str, Any], path: Path) -> None:
     left.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     left.set_title("points are labelled with the budget: the active FFN share asked for", fontsize=9)
     left.legend(loc="lower right", frameon=False)
+    left.margins(0.06, 0.1)
     left.grid(alpha=0.25)
     _draw_widths(right, [point["width_by_layer"] for point in points], [point["budget"] for point in points])
     figure.savefig(path, dpi=130, metadata={"Software": None})
@@ -46,4 +47,5 @@ def _draw_widths(axes: Any, widths: Sequence[Sequence[float]], budgets: Sequence
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title("where the budget goes", fontsize=9)
     axes.grid(alpha=0.25)
-    axes.legend(title="budget", fontsize=7, title_fontsize=7, frameon=False)
+    beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    axes.legend(title="budget", fontsize=8, title_fontsize=8, frameon=False, reverse=True, **beside)
