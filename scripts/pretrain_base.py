@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from dynaconv.cli.quiet import silence_libraries
 from dynaconv.errors import DynaconvError
 
 
@@ -82,6 +83,7 @@ def main(
 
 
 if __name__ == "__main__":
+    silence_libraries()
     try:
         typer.run(main)
     except DynaconvError as error:
