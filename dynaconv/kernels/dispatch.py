@@ -1,6 +1,14 @@
 """Chooses how a nested FFN is computed, and says why. Ships with every exported model.
 
-``nested_ffn`` computes; ``decide`` tells what it would do.
+``nested_ffn`` computes; ``decide`` tells what it would do. Measured with ``python scripts/bench_cpu.py`` (one thread of
+an AMD EPYC with AVX-512, D 2048, F 8192, 8 blocks, times as fast as the dense FFN, fp32 / bf16):
+
+* one token: 3.5 / 3.7 at share .25, 1.9 / 2.0 at .5, 1.3 / 1.3 at .75;
+* random widths, mean share .5: 1.26 / 1.03 for 8 tokens, 1.9 / 1.4 for 64, 2.0 / 1.7 for 256.
+
+Where it does not pay: few tokens of which one is full read every weight (8 tokens in bf16: 0.96 of dense), and where
+the dense FFN takes a fraction of a millisecond, masking shows (D 256, F 1024, 16 tokens: about 0.8). The loop over
+widths is slower than all of this, and below 64 tokens slower than dense.
 
 Shapes: M tokens, D residual width, F neurons, N blocks.
 """
