@@ -8,7 +8,7 @@ an AMD EPYC with AVX-512, D 2048, F 8192, 8 blocks, times as fast as the dense F
 
 Where it does not pay: few tokens of which one is full read every weight (8 tokens in bf16: 0.96 of dense), and where
 the dense FFN takes a fraction of a millisecond, masking shows (D 256, F 1024, 16 tokens: about 0.8). The loop over
-widths is slower than all of this, and below 64 tokens slower than dense.
+widths is slower than all of this, and up to 64 tokens slower than dense.
 
 Shapes: M tokens, D residual width, F neurons, N blocks.
 """
