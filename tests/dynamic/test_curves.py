@@ -57,12 +57,10 @@ def test_curves_equal_their_definition(case) -> None:
 @given(cases())
 def test_an_order_is_a_permutation_of_the_neurons(case) -> None:
     hidden, down, edges, order = case
-    found, expected = (
-        relative_errors(hidden, down, edges, order),
-        relative_errors(hidden[:, order], down[:, order], edges),
-    )
-    # the two sum in another order, and where the full output nearly cancels, rounding grows with the relative error
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    found = relative_errors(hidden, down, edges, order)
+    expected = relative_errors(hidden[:, order], down[:, order], edges)
+    # the two sum in another order, and a full output near zero blows rounding up
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.max()))
 
 
 def test_a_known_full_output_saves_the_second_projection() -> None:
