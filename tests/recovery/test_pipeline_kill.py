@@ -40,6 +40,31 @@ def wait_for(path: Path, pattern: str, child: int) -> bool:
     raise TimeoutError(pattern)
 
 
+def kill(child: int) -> bool:
+    """SIGKILL; false when the child had ended already."""
+    os.kill(child, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def test_killed_in_the_middle_of_training_it_goes_on_from_the_saved_state(
+    tiny_checkpoint: Maker, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    config = tiny_config(tiny_checkpoint("llama"), documents_file(tmp_path, text_file))
+    config.finetune.tokens *= 10  # 120 steps, a state every second: long enough to be caught in between
+    convert(config, tmp_path / "whole", until="finetune")
+    run = tmp_path / "killed"
+    convert(config, run, until="carve")
+    child = start(config, run)
+    assert wait_for(run, ".work/*finetune/state-*", child)
+    assert kill(child), "training was over before it could be killed"
+    saved = [path.name for path in run.glob(".work/*finetune/state-*")]
+    convert(config, run, until="finetune")
+    assert saved, "no state to go on from"
+    assert "resuming after step" in (run / "logs" / "finetune.log").read_text(encoding="utf-8")
+    assert tensor_hashes(run) == tensor_hashes(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_killed_in_every_stage_the_bytes_are_the_same(
     tiny_checkpoint: Maker, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, seed: int
@@ -52,13 +77,11 @@ def test_killed_in_every_stage_the_bytes_are_the_same(
     for stage in ("profile", "carve", "finetune", "finetune", "finetune", "calibrate", "export"):
         child = start(config, run)
         if not wait_for(run, f".staging-*{stage}", child):
-            continue
+            continue  # a fast machine got past this stage between two looks
         time.sleep(chance.uniform(0.0, 0.4) if stage == "finetune" else chance.uniform(0.0, 0.1))
-        os.kill(child, signal.SIGKILL)
-        _, how = os.waitpid(child, 0)
-        if os.WIFSIGNALED(how):
+        if kill(child):
             killed.append(stage)
-    assert len(killed) >= 4 and "finetune" in killed, f"killed only in {killed}"
+    assert killed, "nothing was killed"
     outcomes = convert(config, run)
     assert [outcome.name for outcome in outcomes] == config.stages
     assert tensor_hashes(run) == expected
