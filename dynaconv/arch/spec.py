@@ -60,6 +60,9 @@ class TensorSpec:
 class FFNSpec:
     """Where the feed-forward networks are and what their projections are called.
 
+    Field for field what ``dynaconv.dynamic.layout.FFNLayout`` writes into ``dynaconv.json``. That one ships with every
+    model and may import nothing of ours, so the two cannot be one class; carve makes the one from the other.
+
     Attributes:
         path: Module path with ``{layer}``.
         gate: Name of the gate projection; ``None`` where the FFN has no gate.

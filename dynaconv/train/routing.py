@@ -96,7 +96,7 @@ class Labelled:
         return torch.stack(list(self.losses.values())).mean()
 
 
-def spent_share(masks: Mapping[int, Tensor], edges: tuple[int, ...]) -> float:
-    """Mean active share of integer widths by layer, each (B, T)."""
+def spent_share(widths: Mapping[int, Tensor], edges: tuple[int, ...]) -> float:
+    """Mean active share of integer ``widths`` by layer, each (B, T)."""
     share = torch.tensor(edges, dtype=torch.float64) / edges[-1]
-    return sum(float(share[widths.cpu()].mean()) for widths in masks.values()) / len(masks)
+    return sum(float(share[used.cpu()].mean()) for used in widths.values()) / len(widths)
