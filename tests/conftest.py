@@ -52,27 +52,18 @@ def make_checkpoint(
     seed: int = 0,
     **config: Any,
 ) -> Path:
-    """Writes a random checkpoint of ``family`` with its tokenizer. Extra keywords go to the transformers config."""
+    """Writes a random checkpoint of ``family`` with its tokenizer. Extra keywords go to the transformers config.
+
+    Sizes have the same keywords for all families; see :mod:`tiny_families` for what becomes of them.
+    """
+    from tiny_families import tiny_settings
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    settings = {
-        "vocab_size": 257,
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": tied,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": None,
-        "initializer_range": 0.1,
-    }
-    if head_dim is not None:
-        settings["head_dim"] = head_dim
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**settings, **config}), dtype=dtype)
+    sizes = {"vocab": 257, "hidden": hidden, "ffn": ffn, "layers": layers, "heads": heads, "kv_heads": kv_heads}
+    sizes |= {"head_dim": head_dim, "positions": 512, "tied": tied, "scale": 0.1}
+    settings = {**tiny_settings(family, sizes), **config}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), dtype=dtype)
     with torch.no_grad():  # biases and norms start at 0 and 1: draw them, so that losing one shows
         for parameter in model.parameters():
             if parameter.dim() == 1:
