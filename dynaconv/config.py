@@ -1,17 +1,12 @@
-"""Typed recipe: what a user may set, with defaults, and every check that needs no checkpoint.
+"""Typed recipe: what a user may set, with defaults.
 
-A recipe YAML under ``recipes/`` is composed with hydra, merged into :class:`RunConfig`, and checked as a whole:
-:func:`problems` returns every mistake, not the first. Importing this file imports neither torch nor hydra.
+A recipe YAML under ``recipes/`` is composed with hydra and merged into :class:`RunConfig`; :mod:`dynaconv.rules` says
+what each field may be. Importing this file imports neither torch nor hydra.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field, is_dataclass
-from itertools import pairwise
-from typing import Any
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -60,6 +55,88 @@ class ProfileConfig:
     curve_share: float = 0.25
     order: str = "importance"
     loss_aware: bool = False
+
+
+@dataclass
+class ImportanceConfig:
+    """How much text is run through the source to find what may be left out of it.
+
+    Attributes:
+        tokens: Calibration tokens.
+        batch_size: Windows in a batch.
+        second_moments: Keep second moments of what the down and attention output projections read, which
+            ``subclone.refit`` needs: F x F and (query heads x head_dim)^2 numbers a layer.
+    """
+
+    tokens: int = 32768
+    batch_size: int = 16
+    second_moments: bool = False
+
+
+@dataclass
+class SubcloneConfig:
+    """The shape of the smaller model, and how it is cut out. Exactly one way of saying the shape.
+
+    Attributes:
+        ratio: Residual width, FFN width and heads of the result over the source's; layers and head_dim stay.
+        params: Number of parameters; the shape is then chosen by importance.
+        residual: D of the result.
+        ffn: F of the result.
+        heads: Query heads of the result.
+        kv_heads: Key and value heads of the result.
+        head_dim: Channels of a head of the result.
+        layers: Decoder layers of the result.
+        order: What stays: the most ``importance``, or ``none``: the first ones.
+        rescale: Multiply weights by sqrt(old / new fan-in).
+        head_difference: Add what distinguishes pruned heads back into kept ones (Minitron).
+        refit: Fit the down and attention output projections to the kept inputs by least squares.
+        refit_ridge: Its ridge, relative to the mean second moment.
+        shard_bytes: Largest shard that is written.
+    """
+
+    ratio: float | None = None
+    params: float | None = None
+    residual: int | None = None
+    ffn: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    layers: int | None = None
+    order: str = "importance"
+    rescale: bool = True
+    head_difference: bool = False
+    refit: bool = False
+    refit_ridge: float = 1e-2
+    shard_bytes: int = 4 * 1024**3
+
+
+@dataclass
+class HypercloneConfig:
+    """How much larger the result is, and how its copies differ.
+
+    Attributes:
+        factor: For residual width, FFN width and heads, where they are not given themselves.
+        residual: Whole factor of the residual width.
+        ffn: Factor of the FFN width; any number from 1, rounded to a whole neuron.
+        heads: Whole factor of the query heads.
+        kv_heads: ``scale`` with the query heads, ``same``, a whole factor, or ``auto``: scale, but for a single one.
+        head_dim: Whole factor of a head's channels.
+        layers: Decoder layers of the result; new ones begin as the identity. ``null`` keeps them.
+        variant: ``noisy`` (symmetric, and the copies differ), ``symmetric`` or ``diagonal``.
+        snr_db: Signal over noise in decibels, for ``noisy``.
+        shard_bytes: Largest shard that is written.
+    """
+
+    factor: float = 1
+    residual: float | None = None
+    ffn: float | None = None
+    heads: float | None = None
+    kv_heads: str = "auto"
+    head_dim: float = 1
+    layers: int | None = None
+    variant: str = "noisy"
+    snr_db: float = 10.0
+    shard_bytes: int = 4 * 1024**3
 
 
 @dataclass
@@ -181,138 +258,11 @@ class RunConfig:
     seed: int = 0
     trust_remote_code: bool = False
     data: DataConfig = field(default_factory=DataConfig)
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    subclone: SubcloneConfig = field(default_factory=SubcloneConfig)
+    hyperclone: HypercloneConfig = field(default_factory=HypercloneConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     carve: CarveConfig = field(default_factory=CarveConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
-
-
-@dataclass(frozen=True)
-class Allowed:
-    """What one field may be.
-
-    Attributes:
-        words: Ends the sentence "FIELD is VALUE; it must be ...".
-        holds: Whether a value is allowed.
-        choices: The allowed words, where there are only a few.
-    """
-
-    words: str
-    holds: Callable[[Any], bool]
-    choices: tuple[str, ...] = ()
-
-
-def _one_of(*choices: str) -> Allowed:
-    return Allowed(f"one of {', '.join(choices)}", lambda value: value in choices, choices)
-
-
-def _whole(low: int, high: int | None = None) -> Allowed:
-    words = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
-    return Allowed(words, lambda value: value >= low and (high is None or value <= high))
-
-
-def _ascending(values: list[float]) -> bool:
-    return bool(values) and values[0] > 0 and values[-1] <= 1 and all(a < b for a, b in pairwise(values))
-
-
-_POSITIVE = Allowed("a finite number above 0", lambda value: math.isfinite(value) and value > 0)
-_NOT_NEGATIVE = Allowed("a finite number of at least 0", lambda value: math.isfinite(value) and value >= 0)
-_SHARE = Allowed("from 0 to 1", lambda value: 0 <= value <= 1)
-_POSITIVE_SHARE = Allowed("above 0 and at most 1", lambda value: 0 < value <= 1)
-_INNER_SHARE = Allowed("above 0 and below 1", lambda value: 0 < value < 1)
-_TEXT = Allowed("not empty", lambda value: bool(value.strip()))
-_SOURCES = Allowed("at least one file, folder or name", lambda value: value and all(item.strip() for item in value))
-
-ALLOWED: dict[str, Allowed] = {
-    "stages": Allowed(
-        "at least one stage, none of them twice", lambda value: bool(value) and len(set(value)) == len(value)
-    ),
-    "blocks": _whole(1, 64),
-    "seed": _whole(0),
-    "data.train": _SOURCES,
-    "data.validation": Allowed("null, or " + _SOURCES.words, lambda value: value is None or _SOURCES.holds(value)),
-    "data.validation_share": _INNER_SHARE,
-    "data.field": _TEXT,
-    "data.dataset_split": _TEXT,
-    "data.sequence_length": _whole(2),
-    "profile.tokens": _whole(1),
-    "profile.batch_size": _whole(1),
-    "profile.curve_share": _POSITIVE_SHARE,
-    "profile.order": _one_of("importance", "none"),
-    "carve.router": _one_of("curve"),
-    "carve.ridge": _POSITIVE,
-    "carve.shard_bytes": _whole(1),
-    "finetune.tokens": _whole(1),
-    "finetune.batch_size": _whole(1),
-    "finetune.accumulation": _whole(1),
-    "finetune.router": _one_of("gate", "curve", "class", "uniform"),
-    "finetune.teacher": _one_of("self", "parent"),
-    "finetune.learning_rate": _POSITIVE,
-    "finetune.router_learning_rate": _POSITIVE,
-    "finetune.warmup_steps": _whole(0),
-    "finetune.weight_decay": _NOT_NEGATIVE,
-    "finetune.clip": _POSITIVE,
-    "finetune.uniform_share": _SHARE,
-    "finetune.budgets": Allowed(
-        "a lowest and a highest budget, both above 0 and at most 1, such as [0.15, 0.75]",
-        lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
-    ),
-    "finetune.full_weight": _SHARE,
-    "finetune.router_rank": _whole(0),
-    "finetune.bound": _POSITIVE,
-    "finetune.temperature": _POSITIVE,
-    "finetune.theta": _POSITIVE_SHARE,
-    "finetune.precision": _one_of("fp32", "bf16"),
-    "finetune.save_every": _whole(1),
-    "finetune.wandb": _one_of("auto", "offline", "off"),
-    "calibrate.budgets": Allowed("ascending budgets, each above 0 and at most 1, such as [0.25, 0.5]", _ascending),
-    "calibrate.tokens": _whole(1),
-    "calibrate.score_tokens": _whole(1),
-    "calibrate.batch_size": _whole(1),
-    "calibrate.tolerance": _INNER_SHARE,
-    "calibrate.speed_tokens": _whole(0),
-    "export.target": _one_of("hf"),
-}
-
-
-def problems(config: RunConfig) -> list[str]:
-    """Every mistake in ``config`` that shows without a checkpoint, one sentence each; empty when there is none."""
-    wrong = {}
-    for name, value in leaves(config):
-        allowed = ALLOWED.get(name)
-        if allowed is not None and not allowed.holds(value):
-            near = difflib.get_close_matches(str(value), allowed.choices, n=1)
-            wrong[name] = f"{name} is {value!r}; it must be {allowed.words}" + (f" ({near[0]!r}?)" if near else "")
-    between = _problems_between(config, wrong) if "data.sequence_length" not in wrong else []
-    return [*wrong.values(), *between]
-
-
-def _problems_between(config: RunConfig, wrong: Collection[str]) -> Iterator[str]:
-    """Mistakes in how fields of the stages that run go together, leaving out fields ``wrong`` by themselves."""
-    window, tune = config.data.sequence_length, config.finetune
-    for name, tokens in (
-        ("profile.tokens", config.profile.tokens),
-        ("calibrate.tokens", config.calibrate.tokens),
-        ("calibrate.score_tokens", config.calibrate.score_tokens),
-    ):
-        if name not in wrong and name.split(".")[0] in config.stages and tokens < window:
-            yield f"{name} is {tokens}; it must be at least one window (data.sequence_length is {window})"
-    sizes = {"finetune.tokens", "finetune.batch_size", "finetune.accumulation"}
-    if "finetune" not in config.stages or sizes & set(wrong):
-        return
-    if tune.tokens < tune.batch_size * window:
-        batch = f"{tune.batch_size} windows of {window} tokens, {tune.batch_size * window}"
-        yield f"finetune.tokens is {tune.tokens}; it must be at least one batch ({batch})"
-    if tune.batch_size % tune.accumulation:
-        yield f"finetune.accumulation is {tune.accumulation}; it must divide finetune.batch_size ({tune.batch_size})"
-
-
-def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted name and value of every field below ``section``, in the order of the schema."""
-    for name in section.__dataclass_fields__:
-        value = getattr(section, name)
-        if is_dataclass(value):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from dynaconv.config import RunConfig, problems
+from dynaconv.config import RunConfig
 from dynaconv.errors import ConfigError
 from dynaconv.overrides import assign, parse
+from dynaconv.rules import problems
 
 DEFAULT = "nested"
 

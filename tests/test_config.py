@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from dynaconv.config import ALLOWED, RunConfig, leaves, problems
+from dynaconv.config import RunConfig
+from dynaconv.rules import ALLOWED, leaves, problems
 
 WRONG: dict[str, list[Any]] = {
     "stages": [[], ["profile", "profile"]],

@@ -14,7 +14,18 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dynaconv"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Each floor may import from those before it and, within itself, from its own package. The ground floor is one package.
 FLOORS = (
-    {"errors", "version", "memory", "progress", "artifacts", "config", "overrides", "recipes", "pipeline.stage"},
+    {
+        "errors",
+        "version",
+        "memory",
+        "progress",
+        "artifacts",
+        "config",
+        "rules",
+        "overrides",
+        "recipes",
+        "pipeline.stage",
+    },
     {"arch", "data", "kernels"},
     {"dynamic"},
     {"profile", "convert", "evaluation", "train"},

@@ -14,11 +14,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynaconv.config import RunConfig, problems
+from dynaconv.config import RunConfig
 from dynaconv.errors import ConfigError
 from dynaconv.overrides import parse, schema
 from dynaconv.pipeline.registry import names as stage_names
 from dynaconv.recipes import DEFAULT, available, compose, draft, find, load, recipe_folder
+from dynaconv.rules import problems
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "recipes").rglob("*.yaml"))

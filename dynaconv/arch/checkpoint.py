@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -15,7 +15,7 @@ from dynaconv.arch.check import mismatches
 from dynaconv.arch.registry import family_for
 from dynaconv.arch.spec import Family, Slot
 from dynaconv.artifacts.files import storage_errors
-from dynaconv.artifacts.tensors import CheckpointReader
+from dynaconv.artifacts.tensors import CheckpointReader, TensorInfo
 from dynaconv.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class Checkpoint:
         _refuse_quantised(config, folder)
         slots = family.slots(config)
         reader = CheckpointReader(folder)
+        reader.tensors = _full_names(family, slots, reader.tensors)
         problems = mismatches(family, slots, reader.tensors, tied=family.tied(config))
         if problems:
             listed = "\n".join(f"  - {problem}" for problem in problems)
@@ -86,7 +87,7 @@ class Checkpoint:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """Length of every axis: ``vocab``, ``residual``, ``ffn``, ``q_head``, ``kv_head``, ``head_dim``."""
+        """Length of every axis of its family; see :data:`dynaconv.arch.spec.AXES`."""
         return self.family.sizes_of(self.config)
 
     @property
@@ -107,8 +108,8 @@ class Checkpoint:
 
     @property
     def activation(self) -> str:
-        """Name of the FFN's activation, as in the config; ``silu`` is what all families so far default to."""
-        return str(self.config.get(self.family.ffn.activation) or "silu")
+        """Name of the FFN's activation, as in the config."""
+        return str(self.family.setting(self.config, self.family.ffn.activation))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -149,6 +150,15 @@ class Checkpoint:
     def names_of_layer(self, layer: int | None) -> list[str]:
         """Tensors of decoder layer ``layer``; of everything outside the layers for ``None``."""
         return [name for name, slot in self.slots.items() if slot.layer == layer]
+
+
+def _full_names(family: Family, slots: Mapping[str, Slot], stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Tensors by the names that models have now; old checkpoints of some families lack the first part."""
+    short = [name for name in stored if name not in slots and f"{family.prefix}{name}" in slots]
+    if not family.prefix or not short:
+        return dict(stored)
+    full = {name: name if name in slots or name in family.ties else f"{family.prefix}{name}" for name in stored}
+    return {full[name]: replace(info, name=full[name]) for name, info in stored.items()}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

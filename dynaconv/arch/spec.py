@@ -1,23 +1,27 @@
 """Architectures as data: every tensor's name and the named axes it spans.
 
-A family file lists :class:`TensorSpec` rows. Each dimension of a tensor is an axis, or a product of axes in memory
-order: the rows of a query projection are ``"q_head*head_dim"``. Everything that checks, cuts or resizes a checkpoint
-works on axes and never on tensor names, so a new architecture is one more table.
+A family file lists :class:`TensorSpec` rows. Each dimension of a tensor is an axis, or an expression of axes
+(:mod:`dynaconv.arch.dimension`): the rows of a query projection are ``"q_head*q_dim"``. Everything that checks, cuts or
+resizes a checkpoint works on axes and never on tensor names, so a new architecture is one more table.
 
-Axes: ``vocab`` V, ``residual`` D (the residual stream), ``ffn`` F, ``q_head``, ``kv_head``, ``head_dim``.
+Axes: ``vocab`` V, ``position`` (learned positions), ``residual`` D (the residual stream), ``ffn`` F, ``q_head`` and
+``kv_head`` (without grouped queries, keys and values span ``q_head`` too), and the channels of a head: ``q_dim``,
+``k_dim`` and ``v_dim``. Those three are equally long, but queries meet keys channel by channel while values go their
+own way, so they are cut and grown apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
+from dynaconv.arch.dimension import Dimension, dimension
 from dynaconv.errors import CheckpointError
 
-AXES = ("vocab", "residual", "ffn", "q_head", "kv_head", "head_dim")
-PARTS = ("embedding", "attention", "ffn", "norm", "head")
+AXES = ("vocab", "position", "residual", "ffn", "q_head", "kv_head", "q_dim", "k_dim", "v_dim")
+PARTS = ("embedding", "position", "attention", "ffn", "norm", "head")
+LAYER_TYPES = "layer_types"  # the field of config.json that says which layers attend within a sliding window
 
 
 @dataclass(frozen=True)
@@ -25,13 +29,15 @@ class Size:
     """Where ``config.json`` says how long an axis is.
 
     Attributes:
-        field: The field of ``config.json``.
-        otherwise: What holds when the field is absent or null: a number, another axis, or a quotient of two axes such
-            as ``"residual/q_head"``. ``None`` makes the field required.
+        field: The field of ``config.json``; ``None`` where the length always follows from ``otherwise``.
+        otherwise: What holds when the field is absent or null: a number, another axis, a quotient of two axes such as
+            ``"residual/q_head"``, or a multiple of one such as ``"4*residual"``. ``None`` makes the field required.
+        plus: Positions beyond those that the field counts.
     """
 
-    field: str
+    field: str | None
     otherwise: int | str | None = None
+    plus: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,20 +46,27 @@ class TensorSpec:
 
     Attributes:
         name: Tensor name, with ``{layer}`` where there is one in every decoder layer.
-        axes: One entry a dimension: an axis, or several joined by ``*``, the slowest first.
+        axes: One entry a dimension: an axis, or an expression of several.
         part: What the tensor belongs to, one of :data:`PARTS`.
         when: Field of ``config.json`` that must be true for the tensor to exist; ``None`` means always.
+        contracts: The dimension that is summed over with the activations: 1 for an ``nn.Linear`` weight, 0 for a
+            ``Conv1D`` one. ``None`` for what is looked up, added or multiplied with. All other dimensions are produced.
+        closes: Whether a branch adds nothing to the residual stream once its tensors of this kind have no effect.
+        offset: The tensor acts as ``offset`` + what is stored; 1 for norms that multiply with 1 + w.
     """
 
     name: str
     axes: tuple[str, ...]
     part: str
     when: str | None = None
+    contracts: int | None = None
+    closes: bool = False
+    offset: float = 0.0
 
     @property
-    def factors(self) -> tuple[tuple[str, ...], ...]:
-        """The axes of each dimension: ``("q_head*head_dim", "residual")`` gives two and one."""
-        return tuple(tuple(dimension.split("*")) for dimension in self.axes)
+    def dimensions(self) -> tuple[Dimension, ...]:
+        """Its dimensions, read."""
+        return tuple(dimension(text) for text in self.axes)
 
 
 @dataclass(frozen=True)
@@ -64,8 +77,9 @@ class FFNSpec:
     model and may import nothing of ours, so the two cannot be one class; carve makes the one from the other.
 
     Attributes:
-        path: Module path with ``{layer}``.
-        gate: Name of the gate projection; ``None`` where the FFN has no gate.
+        path: Module path with ``{layer}``; that of the decoder layer where the projections lie in it directly.
+        gate: Name of the gate projection; ``None`` where the FFN has no gate, the name of the up projection where both
+            are stored as one, the gate's rows first.
         up: Name of the up projection (the first, where there is no gate).
         down: Name of the down projection.
         activation: Field of ``config.json`` that names the activation.
@@ -110,6 +124,14 @@ class Family:
         tie: Field of ``config.json`` that ties the head to the embedding.
         ties: Tied tensor -> the tensor that is stored for both.
         ignored: Glob patterns of tensors that old checkpoints carry and no model reads.
+        prefix: What names of old checkpoints lack at their beginning.
+        defaults: What holds for fields that ``config.json`` leaves out, where that is not nothing.
+        requires: Fields whose other values make another architecture, and the value that they must have.
+        follows: Fields that must equal an axis.
+        attention_scale: Field of ``config.json`` that fixes the scale of attention scores; ``None`` where it is
+            1 / sqrt(length of a head).
+        layer_scale: Field of ``config.json`` that, when true, makes a layer depend on its number.
+        embedding_scaled: Whether embeddings are multiplied with sqrt(D).
     """
 
     model_type: str
@@ -122,10 +144,21 @@ class Family:
     tie: str = "tie_word_embeddings"
     ties: Mapping[str, str] = field(default_factory=lambda: {"lm_head.weight": "model.embed_tokens.weight"})
     ignored: tuple[str, ...] = ()
+    prefix: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    requires: Mapping[str, Any] = field(default_factory=dict)
+    follows: Mapping[str, str] = field(default_factory=dict)
+    attention_scale: str | None = None
+    layer_scale: str | None = None
+    embedding_scaled: bool = False
+
+    def setting(self, config: Mapping[str, Any], name: str) -> Any:
+        """The field ``name`` of ``config``, or what holds when it is left out; ``None`` when nothing does."""
+        return config.get(name, self.defaults.get(name))
 
     def tied(self, config: Mapping[str, Any]) -> bool:
         """Whether ``config`` ties the head to the embedding."""
-        return bool(config.get(self.tie))
+        return bool(self.setting(config, self.tie))
 
     def layer_count(self, config: Mapping[str, Any]) -> int:
         """Number of decoder layers, L.
@@ -139,7 +172,8 @@ class Family:
         """Length of every axis.
 
         Raises:
-            CheckpointError: ``config`` lacks sizes, or they do not fit each other. Names all of them.
+            CheckpointError: ``config`` lacks sizes, they do not fit each other, or it is of an architecture that only
+                shares the name. Names all of them.
         """
         sizes: dict[str, int] = {}
         problems: list[str] = []
@@ -150,6 +184,13 @@ class Family:
                 problems.append(error.what)
             except KeyError:  # a fallback on an axis that has already been reported
                 continue
+        for name, expected in (
+            *self.requires.items(),
+            *((name, sizes.get(axis)) for name, axis in self.follows.items()),
+        ):
+            found = self.setting(config, name)
+            if None not in (found, expected) and found != expected:
+                problems.append(f"{name} is {found!r}, and only {expected!r} is supported for {self.model_type}")
         if problems:
             raise CheckpointError("config.json does not describe the model: " + "; ".join(problems))
         return sizes
@@ -164,13 +205,45 @@ class Family:
         absent = self.ties if self.tied(config) else {}
         found: dict[str, Slot] = {}
         for spec in self.tensors:
-            if spec.name in absent or (spec.when is not None and not config.get(spec.when)):
+            if spec.name in absent or (spec.when is not None and not self.setting(config, spec.when)):
                 continue
-            shape = tuple(prod(sizes[axis] for axis in factors) for factors in spec.factors)
+            shape = tuple(each.size(sizes) for each in spec.dimensions)
             for layer in range(layers) if "{layer}" in spec.name else (None,):
                 name = spec.name.format(layer=layer)
                 found[name] = Slot(name, layer, spec, shape)
         return found
+
+    def resized(self, config: Mapping[str, Any], sizes: Mapping[str, int], layers: Sequence[int]) -> dict[str, Any]:
+        """``config`` with other sizes, and with the decoder layers ``layers`` (old numbers, in their new order).
+
+        Raises:
+            CheckpointError: The sizes do not fit each other; names all that do not.
+        """
+        made = dict(config)
+        for axis, size in self.sizes.items():
+            if size.field is not None:
+                made[size.field] = sizes[axis] - size.plus
+        made.update({name: sizes[axis] for name, axis in self.follows.items() if name in config})
+        if list(layers) != list(range(self.layer_count(config))):
+            types = _layer_types(config)
+            if types is not None:
+                made[LAYER_TYPES] = [types[layer] for layer in layers]
+        made[self.layers] = len(layers)
+        found = self.sizes_of(made)
+        wrong = [
+            f"{axis} would be {found[axis]} instead of {sizes[axis]}" for axis in found if found[axis] != sizes[axis]
+        ]
+        if wrong:
+            raise CheckpointError(f"no {self.model_type} model has these sizes: " + "; ".join(wrong))
+        return made
+
+
+def _layer_types(config: Mapping[str, Any]) -> list[str] | None:
+    """The kind of attention of every layer, as transformers reads it from ``config``; ``None`` where all are alike."""
+    from transformers import AutoConfig
+
+    types = getattr(AutoConfig.for_model(**config), LAYER_TYPES, None)
+    return None if types is None else list(types)
 
 
 def _positive(name: str, value: Any) -> int:
@@ -180,13 +253,17 @@ def _positive(name: str, value: Any) -> int:
 
 
 def _size(size: Size, config: Mapping[str, Any], known: Mapping[str, int]) -> int:
-    value = config.get(size.field)
-    if value is not None or size.otherwise is None:
-        return _positive(size.field, value)
-    if isinstance(size.otherwise, int):
-        return size.otherwise
+    value = None if size.field is None else config.get(size.field)
+    if size.field is not None and (value is not None or size.otherwise is None):
+        return _positive(size.field, value) + size.plus
+    if not isinstance(size.otherwise, str):
+        return _positive(str(size.field), size.otherwise) + size.plus
+    if "*" in size.otherwise:
+        times, _, axis = size.otherwise.partition("*")
+        return int(times) * known[axis]
     axis, _, divisor = size.otherwise.partition("/")
     whole, parts = known[axis], known[divisor] if divisor else 1
     if whole % parts:
-        raise CheckpointError(f"{size.field} is absent and {axis} {whole} is not a multiple of {divisor} {parts}")
+        absent = f"{size.field} is absent and " if size.field else ""
+        raise CheckpointError(f"{absent}{axis} {whole} is not a multiple of {divisor} {parts}")
     return whole // parts

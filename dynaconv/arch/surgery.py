@@ -6,15 +6,16 @@ the peak is the largest reordered tensor and two pieces, whatever the size of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dynaconv.arch.checkpoint import Checkpoint
+from dynaconv.arch.dimension import Dimension
 from dynaconv.arch.spec import AXES, Slot
 from dynaconv.artifacts.tensors import CheckpointWriter, TensorInfo
 from dynaconv.errors import CheckpointError, suggest
@@ -22,19 +23,28 @@ from dynaconv.errors import CheckpointError, suggest
 PIECE_BYTES = 8 * 1024**2
 
 Selection = tuple[Tensor | None, ...]
+Factor = float | Tensor | Mapping[int, float | Tensor]
+Rewrite = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Take:
-    """Keeps positions of an axis, in the order given: a permutation, a subset or a repetition.
+    """Keeps positions of an axis, in the order given: a permutation, a subset or a repetition, if need be scaled.
+
+    Position j of the result is old position ``index[j]``, times a factor that depends on what the axis does there:
+    ``contracted[j]`` where it is summed over with activations, ``produced[j]`` everywhere else.
 
     Attributes:
         axis: A named axis.
-        index: Positions (n,) int64: one tensor for the whole network, or one for each decoder layer.
+        index: Positions (n,) int64: one tensor for the whole network, or one for each (old) decoder layer.
+        produced: A number or (n,) floats, or those by layer.
+        contracted: A number or (n,) floats, or those by layer.
     """
 
     axis: str
     index: Tensor | Mapping[int, Tensor]
+    produced: Factor = 1.0
+    contracted: Factor = 1.0
 
     def __post_init__(self) -> None:
         if self.axis not in AXES:  # a misspelt axis would silently change nothing
@@ -48,36 +58,124 @@ class Take:
         """
         if isinstance(self.index, Tensor):
             return self.index
+        return self.index[self._inside(layer)]
+
+    def factor(self, layer: int | None, *, contracted: bool) -> Tensor:
+        """The factors (n,) float32 in ``layer``.
+
+        Raises:
+            KeyError: As :meth:`at`.
+        """
+        factor = self.contracted if contracted else self.produced
+        if isinstance(factor, Mapping):
+            factor = factor[self._inside(layer)]
+        return torch.as_tensor(factor, dtype=torch.float32).expand(len(self.at(layer)))
+
+    def _inside(self, layer: int | None) -> int:
         if layer is None:
             raise KeyError(f"tensors outside the layers span {self.axis!r}: its positions cannot differ by layer")
-        return self.index[layer]
+        return layer
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one tensor of the result, when all takes are done.
+
+    Attributes:
+        slot: The tensor of the result.
+        source: The tensor it is made from.
+        positions: Old positions (n,) along each whole dimension; ``None`` where nothing changes.
+        start: First row, in the result.
+        tensor: The rows, in the stored dtype or float32.
+    """
+
+    slot: Slot
+    source: Slot
+    positions: Selection
+    start: int
+    tensor: Tensor
+
+
+Finish = Callable[[Piece], Tensor]
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """All that takes do to one tensor: per dimension the old positions and the factors, ``None`` where nothing."""
+
+    positions: Selection
+    factors: Selection
+
+    @property
+    def scale(self) -> float:
+        """The product of those factors that are the same at every position."""
+        found = 1.0
+        for factor in self.factors:
+            if factor is not None and _constant(factor):
+                found *= float(factor[0])
+        return found
+
+    def varying(self) -> list[tuple[int, Tensor]]:
+        """Dimension and values of those factors that are not."""
+        return [(i, factor) for i, factor in enumerate(self.factors) if factor is not None and not _constant(factor)]
 
 
 def selection(slot: Slot, sizes: Mapping[str, int], takes: Sequence[Take]) -> Selection:
     """Positions that ``takes`` leave along each dimension of ``slot``, ``None`` where nothing changes.
 
-    A dimension that is a product of axes is unfolded, taken from along each of them, and folded again, so that taking
-    a head keeps its ``head_dim`` rows together.
+    A dimension of several axes is unfolded, taken from along each of them, and folded again, so that taking a head
+    keeps its channels together.
     """
-    return tuple(_positions(factors, slot.layer, sizes, takes) for factors in slot.spec.factors)
+    return tuple(_positions(dimension, slot.layer, sizes, takes) for dimension in slot.spec.dimensions)
 
 
 def _positions(
-    factors: tuple[str, ...], layer: int | None, sizes: Mapping[str, int], takes: Sequence[Take]
+    dimension: Dimension, layer: int | None, sizes: Mapping[str, int], takes: Sequence[Take]
 ) -> Tensor | None:
-    touching = [take for take in takes if take.axis in factors]
+    touching = [take for take in takes if take.axis in dimension.axes]
     if not touching:
         return None
-    lengths = [sizes[axis] for axis in factors]
-    positions = torch.arange(prod(lengths)).view(lengths)
-    for take in touching:
-        positions = positions.index_select(factors.index(take.axis), take.at(layer))
-    return positions.flatten()
+
+    def index(axis: str) -> Tensor | None:
+        chosen: Tensor | None = None
+        for take in touching:
+            if take.axis == axis:
+                chosen = take.at(layer) if chosen is None else chosen[take.at(layer)]
+        return chosen
+
+    return dimension.positions(sizes, index)
+
+
+def _factors(slot: Slot, number: int, sizes: Mapping[str, int], takes: Sequence[Take]) -> Tensor | None:
+    """What every position of dimension ``number`` is multiplied with; ``None`` when that is 1 everywhere."""
+    dimension, contracted = slot.spec.dimensions[number], slot.spec.contracts == number
+
+    def value(axis: str) -> Tensor:
+        found = torch.ones(sizes[axis])
+        for take in takes:
+            if take.axis == axis:
+                found = found[take.at(slot.layer)] * take.factor(slot.layer, contracted=contracted)
+        return found
+
+    if not any(take.axis in dimension.axes for take in takes):
+        return None
+    factors = dimension.spread(value)
+    return None if bool((factors == 1).all()) else factors
+
+
+def _edit(slot: Slot, sizes: Mapping[str, int], takes: Sequence[Take]) -> _Edit:
+    factors = tuple(_factors(slot, number, sizes, takes) for number in range(len(slot.spec.axes)))
+    return _Edit(selection(slot, sizes, takes), factors)
+
+
+def _constant(factor: Tensor) -> bool:
+    return bool((factor == factor[0]).all())
 
 
 def apply(slot: Slot, sizes: Mapping[str, int], tensor: Tensor, takes: Sequence[Take]) -> Tensor:
     """``tensor`` (of ``slot``'s shape) after ``takes``."""
-    return _take(tensor, selection(slot, sizes, takes))
+    edit = _edit(slot, sizes, takes)
+    return _scaled(slot, _take(tensor, edit.positions), edit, 0).to(tensor.dtype)
 
 
 def _take(tensor: Tensor, selected: Selection) -> Tensor:
@@ -87,6 +185,20 @@ def _take(tensor: Tensor, selected: Selection) -> Tensor:
     return tensor
 
 
+def _scaled(slot: Slot, rows: Tensor, edit: _Edit, start: int) -> Tensor:
+    """``rows`` (from row ``start`` of the result) times the factors; rounded to the stored dtype at most once."""
+    scale, varying, offset = edit.scale, edit.varying(), slot.spec.offset
+    if not varying and not offset:
+        return rows if scale == 1 else rows * scale
+    if not varying and scale == 1:
+        return rows
+    scaled = rows.float() + offset
+    for dimension, factor in varying:
+        part = factor[start : start + len(rows)] if dimension == 0 else factor
+        scaled *= part.view([-1 if i == dimension else 1 for i in range(rows.dim())])
+    return scaled.mul_(scale).sub_(offset)
+
+
 def transform(
     checkpoint: Checkpoint,
     takes: Sequence[Take],
@@ -94,55 +206,99 @@ def transform(
     *,
     shard_bytes: int,
     advance: Callable[[TensorInfo], None] | None = None,
+    config: Mapping[str, Any] | None = None,
+    layers: Sequence[int] | None = None,
+    rewrite: Callable[[Slot], Rewrite | None] | None = None,
+    finish: Finish | None = None,
 ) -> None:
     """Writes ``checkpoint``'s weights after ``takes`` into ``folder``, as one safetensors file or shards.
 
-    Tensor names, dtypes and order stay. A stored copy of a tied tensor is left out, and so are leftovers that no model
-    reads.
+    Tensor names and dtypes stay, and their order. A stored copy of a tied tensor is left out, and so are leftovers that
+    no model reads.
 
     Args:
         checkpoint: Where from.
         takes: The edits, in order.
         folder: Where to.
         shard_bytes: Largest shard.
-        advance: Called with each tensor once it is written.
+        advance: Called with each tensor that was read once what it gives is written.
+        config: Content of the result's ``config.json``, where that is another.
+        layers: Old decoder layer that each new one is made from; as they are unless given.
+        rewrite: Gives, for a tensor of ``checkpoint``, what to do to it as a whole before the takes, or ``None``.
+        finish: What to do to each piece of the result after the takes. Tensors that are contracted along their rows
+            come as one piece.
 
     Raises:
-        CheckpointError: A tensor holds NaN or infinity, or a stored copy of a tied tensor differs from it.
+        CheckpointError: A tensor holds NaN or infinity, a stored copy of a tied tensor differs from it, or the result
+            has not the shape that ``config`` says.
         ArtifactError: The disk is full, read-only or not accessible.
     """
     _check_ties(checkpoint)
+    made = _made_from(checkpoint, checkpoint.config if config is None else config, layers)
+    edits = {name: _edit(slot, checkpoint.sizes, takes) for name, slot in checkpoint.slots.items() if name in made}
     infos = checkpoint.reader.tensors
-    selected = {name: selection(slot, checkpoint.sizes, takes) for name, slot in checkpoint.slots.items()}
-    layout = [(name, infos[name].dtype, _shape(infos[name], chosen)) for name, chosen in selected.items()]
+    layout = []
+    for name, slots in made.items():
+        shape = _shape(infos[name], edits[name].positions)
+        layout += [(slot.name, infos[name].dtype, _checked(slot, shape)) for slot in slots]
     with CheckpointWriter(folder, layout, shard_bytes=shard_bytes) as writer:
-        for name, chosen in selected.items():
-            _stream(checkpoint, infos[name], chosen, writer)
+        for name, slots in made.items():
+            source = checkpoint.slots[name]
+            whole = rewrite(source) if rewrite is not None else None
+            for slot in slots:
+                for piece in _pieces(checkpoint, source, slot, edits[name], whole):
+                    tensor = piece.tensor if finish is None else finish(piece)
+                    writer.write_rows(slot.name, piece.start, tensor.to(infos[name].dtype))
             if advance is not None:
                 advance(infos[name])
+
+
+def _made_from(
+    checkpoint: Checkpoint, config: Mapping[str, Any], layers: Sequence[int] | None
+) -> dict[str, list[Slot]]:
+    """The tensors of the result by the name of the tensor they are made from, in the order of the files."""
+    made: dict[str, list[Slot]] = {name: [] for name in checkpoint.slots}
+    for slot in checkpoint.family.slots(config).values():
+        layer = slot.layer if slot.layer is None or layers is None else layers[slot.layer]
+        made[slot.spec.name.format(layer=layer)].append(slot)
+    return {name: slots for name, slots in made.items() if slots}
 
 
 def _shape(info: TensorInfo, selected: Selection) -> tuple[int, ...]:
     return tuple(size if chosen is None else len(chosen) for size, chosen in zip(info.shape, selected, strict=True))
 
 
-def _stream(checkpoint: Checkpoint, info: TensorInfo, selected: Selection, writer: CheckpointWriter) -> None:
-    """One tensor from reader to writer, by pieces of its rows; whole only where its rows change places."""
-    reader, rows = checkpoint.reader, selected[0]
-    whole = None if rows is None else reader.read_finite(info.name)
-    count = info.shape[0] if rows is None else len(rows)
-    step = _piece_rows(info)
+def _checked(slot: Slot, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if shape != slot.shape:
+        raise CheckpointError(f"{slot.name} would get another shape", expected=list(slot.shape), found=list(shape))
+    return shape
+
+
+def _pieces(checkpoint: Checkpoint, source: Slot, slot: Slot, edit: _Edit, rewrite: Rewrite | None) -> Iterator[Piece]:
+    """A tensor of the result by pieces of its rows; the old one is read whole only where its rows change places."""
+    reader, info = checkpoint.reader, checkpoint.reader.tensors[source.name]
+    rows = edit.positions[0]
+    at_once = rewrite is not None or source.spec.contracts == 0
+    whole = reader.read_finite(info.name) if at_once or rows is not None else None
+    if rewrite is not None and whole is not None:
+        whole = rewrite(whole)
+    count = slot.shape[0]
+    step = count if source.spec.contracts == 0 else _piece_rows(info, slot.shape)
     for start in range(0, count, step):
         stop = min(start + step, count)
-        if whole is None or rows is None:
+        if whole is None:
             piece = reader.read_finite(info.name, (start, stop))
         else:
-            piece = whole.index_select(0, rows[start:stop])
-        writer.write_rows(info.name, start, _take(piece, (None, *selected[1:])))
+            piece = whole[start:stop] if rows is None else whole.index_select(0, rows[start:stop])
+        taken = _take(piece, (None, *edit.positions[1:]))
+        yield Piece(slot, source, edit.positions, start, _scaled(slot, taken, edit, start))
 
 
-def _piece_rows(info: TensorInfo) -> int:
-    return max(1, PIECE_BYTES // max(1, info.nbytes // max(1, info.shape[0])))
+def _piece_rows(info: TensorInfo, shape: Sequence[int]) -> int:
+    """Rows of a piece: neither the old ones nor the new ones take more than :data:`PIECE_BYTES`."""
+    old = info.nbytes // max(1, info.shape[0])
+    new = info.dtype.itemsize * torch.Size(shape[1:]).numel()
+    return max(1, PIECE_BYTES // max(1, old, new))
 
 
 def _check_ties(checkpoint: Checkpoint) -> None:
@@ -152,7 +308,7 @@ def _check_ties(checkpoint: Checkpoint) -> None:
         if copy not in reader.tensors:
             continue
         info, other = reader.tensors[copy], reader.tensors[kept]
-        step = _piece_rows(info)
+        step = _piece_rows(info, info.shape)
         same = info.shape == other.shape and all(
             torch.equal(reader.read_rows(copy, *rows), reader.read_rows(kept, *rows))
             for rows in ((start, min(start + step, info.shape[0])) for start in range(0, info.shape[0], step))
@@ -166,11 +322,11 @@ def _check_ties(checkpoint: Checkpoint) -> None:
 
 
 def transform_peak_bytes(checkpoint: Checkpoint, axes: Collection[str]) -> int:
-    """Largest memory that :func:`transform` holds at once when it edits ``axes``, in bytes."""
+    """Largest memory that :func:`transform` holds at once when it takes from ``axes``, in bytes."""
     peak = 0
     for name, slot in checkpoint.slots.items():
         info = checkpoint.reader.tensors[name]
         piece = min(info.nbytes, PIECE_BYTES)
-        by_rows, *rest = (any(axis in axes for axis in factors) for factors in slot.spec.factors)
+        by_rows, *rest = (not dimension.axes.isdisjoint(axes) for dimension in slot.spec.dimensions)
         peak = max(peak, (info.nbytes if by_rows else piece) + (piece if by_rows or any(rest) else 0))
     return peak

@@ -58,8 +58,8 @@ class CostModel:
             router=router,
             rest=checkpoint.parameters - counted,
             residual=sizes["residual"],
-            attention_width=layers * sizes["q_head"] * sizes["head_dim"],
-            cache_width=2 * layers * sizes["kv_head"] * sizes["head_dim"],
+            attention_width=layers * sizes["q_head"] * sizes["v_dim"],
+            cache_width=2 * layers * sizes.get("kv_head", sizes["q_head"]) * sizes["v_dim"],
             context=context,
             itemsize=checkpoint.dtype.itemsize,
         )

@@ -12,13 +12,13 @@ from dynaconv.artifacts.files import free_bytes, size_text
 from dynaconv.artifacts.run import Run, slot
 from dynaconv.artifacts.source import digest
 from dynaconv.config import RunConfig
-from dynaconv.config import problems as config_problems
 from dynaconv.errors import ConfigError, DynaconvError, suggest
 from dynaconv.memory import available_bytes
 from dynaconv.pipeline import registry
 from dynaconv.pipeline.lineage import chain, order_problems
 from dynaconv.pipeline.stage import Estimate, Stage
 from dynaconv.pipeline.state import MAKE, State, judge_all
+from dynaconv.rules import problems as config_problems
 
 Answer = TypeVar("Answer")
 

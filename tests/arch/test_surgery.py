@@ -18,12 +18,12 @@ from dynaconv.artifacts.tensors import CheckpointReader, read_tensors, write_ten
 from dynaconv.errors import CheckpointError
 
 Make = Callable[..., Path]
-SIZES = {"vocab": 7, "residual": 6, "ffn": 5, "q_head": 4, "kv_head": 2, "head_dim": 3}
+SIZES = {"vocab": 7, "residual": 6, "ffn": 5, "q_head": 4, "kv_head": 2, "q_dim": 3, "k_dim": 3, "v_dim": 3}
 
 
-def slot_of(*axes: str, layer: int | None = 0) -> Slot:
-    spec = TensorSpec("x.{layer}", axes, "ffn")
-    shape = tuple(int(torch.tensor([SIZES[axis] for axis in factors]).prod()) for factors in spec.factors)
+def slot_of(*axes: str, layer: int | None = 0, contracts: int | None = None, offset: float = 0.0) -> Slot:
+    spec = TensorSpec("x.{layer}", axes, "ffn", contracts=contracts, offset=offset)
+    shape = tuple(dimension.size(SIZES) for dimension in spec.dimensions)
     return Slot("x.0", layer, spec, shape)
 
 
@@ -37,12 +37,51 @@ def test_takes_along_two_dimensions_are_plain_indexing(rows: list[int], columns:
     assert torch.equal(apply(slot, SIZES, tensor, takes), tensor[rows][:, columns])
 
 
-@given(heads=indices["q_head"], dims=indices["head_dim"])
+@given(heads=indices["q_head"], dims=indices["q_dim"])
 def test_products_of_axes_move_whole_heads(heads: list[int], dims: list[int]) -> None:
-    slot, tensor = slot_of("residual", "q_head*head_dim"), torch.randn(6, 12)
-    takes = [Take("q_head", torch.tensor(heads)), Take("head_dim", torch.tensor(dims))]
+    slot, tensor = slot_of("residual", "q_head*q_dim"), torch.randn(6, 12)
+    takes = [Take("q_head", torch.tensor(heads)), Take("q_dim", torch.tensor(dims))]
     expected = tensor.view(6, 4, 3)[:, heads][:, :, dims].reshape(6, -1)
     assert torch.equal(apply(slot, SIZES, tensor, takes), expected)
+
+
+@given(heads=indices["q_head"], dims=indices["q_dim"], values=indices["v_dim"])
+def test_projections_interleaved_by_head_keep_their_parts(heads: list[int], dims: list[int], values: list[int]) -> None:
+    slot, tensor = slot_of("q_head*(q_dim+k_dim+v_dim)", "residual"), torch.randn(36, 6)
+    index = torch.tensor(dims)
+    takes = [Take("q_head", torch.tensor(heads)), Take("q_dim", index), Take("v_dim", torch.tensor(values))]
+    queries, keys, rest = tensor.view(4, 3, 3, 6)[heads].unbind(1)
+    expected = torch.cat([queries[:, dims], keys, rest[:, values]], 1).reshape(-1, 6)
+    assert torch.equal(apply(slot, SIZES, tensor, takes), expected)
+
+
+@given(order=st.permutations(range(5)))
+def test_both_halves_of_a_fused_projection_are_taken_from(order: list[int]) -> None:
+    slot, tensor = slot_of("ffn+ffn", "residual"), torch.randn(10, 6)
+    expected = torch.cat([tensor[:5][order], tensor[5:][order]])
+    assert torch.equal(apply(slot, SIZES, tensor, [Take("ffn", torch.tensor(order))]), expected)
+
+
+def test_factors_follow_what_an_axis_does_in_a_tensor() -> None:
+    index, contracted = torch.tensor([0, 1, 1]), torch.tensor([1.0, 0.5, 0.25])
+    take = Take("ffn", index, produced=3.0, contracted=contracted)
+    tensor = torch.randn(6, 5)
+    down = apply(slot_of("residual", "ffn", contracts=1), SIZES, tensor, [take])
+    assert torch.equal(down, tensor[:, index] * contracted)
+    up = apply(slot_of("ffn", "residual", contracts=1), SIZES, tensor.T, [take])
+    assert torch.equal(up, tensor.T[index] * 3)
+    transposed = apply(slot_of("ffn", "residual", contracts=0), SIZES, tensor.T, [take])
+    assert torch.equal(transposed, tensor.T[index] * contracted[:, None])
+    norm = apply(slot_of("ffn", offset=1.0), SIZES, tensor[0], [take])
+    torch.testing.assert_close(1 + norm, 3 * (1 + tensor[0][index]))
+
+
+def test_factors_of_takes_in_a_row_multiply() -> None:
+    takes = [
+        Take("ffn", torch.tensor([0, 1]), produced=torch.tensor([1.0, 2.0])),
+        Take("ffn", torch.tensor([1, 1, 0]), 5.0),
+    ]
+    assert apply(slot_of("ffn"), SIZES, torch.arange(1.0, 6), takes).tolist() == [20, 20, 5]
 
 
 @given(order=st.permutations(range(5)))

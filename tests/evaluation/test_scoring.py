@@ -97,7 +97,7 @@ def test_cost_counts_what_the_model_has(tiny_checkpoint: Maker) -> None:
     cost = CostModel.of(checkpoint, router=100, context=8)
     stock = AutoModelForCausalLM.from_pretrained(checkpoint.folder)
     matrices = sum(p.numel() for p in stock.parameters() if p.dim() == 2)  # tied: the embedding is the head
-    attention = 4 * checkpoint.layers * checkpoint.sizes["q_head"] * checkpoint.sizes["head_dim"] * 8
+    attention = 4 * checkpoint.layers * checkpoint.sizes["q_head"] * checkpoint.sizes["v_dim"] * 8
     assert cost.flops_per_token(1.0) == 2 * (matrices + 100) + attention
     ffn = 3 * 64 * 96 * 2
     assert cost.flops_per_token(1.0) - cost.flops_per_token(0.5) == ffn

@@ -10,12 +10,10 @@ FAMILY = Family(
     tensors=(
         *parts.EMBEDDING_AND_HEAD,
         *parts.PRE_NORMS,
-        *parts.ATTENTION_WEIGHTS,
-        *parts.qkv_biases(when="attention_bias"),
-        *parts.output_bias(when="attention_bias"),
-        *parts.FFN_WEIGHTS,
-        *parts.ffn_biases(when="mlp_bias"),
+        *parts.attention(bias="attention_bias", output_bias="attention_bias"),
+        *parts.gated_ffn(bias="mlp_bias"),
     ),
     ffn=parts.GATED_FFN,
     ignored=parts.ROTARY_BUFFERS,
+    defaults={"hidden_act": "silu"},
 )

@@ -10,9 +10,10 @@ FAMILY = Family(
     tensors=(
         *parts.EMBEDDING_AND_HEAD,
         *parts.PRE_NORMS,
-        *parts.ATTENTION_WEIGHTS,
-        *parts.FFN_WEIGHTS,
+        *parts.attention(),
+        *parts.gated_ffn(),
     ),
     ffn=parts.GATED_FFN,
     ignored=parts.ROTARY_BUFFERS,
+    defaults={"hidden_act": "silu"},
 )

@@ -1,22 +1,23 @@
 """Qwen 3: queries and keys are normalised over each head, and head_dim is 128 unless the config says otherwise."""
 
 from dynaconv.arch import parts
-from dynaconv.arch.spec import Family, Size, TensorSpec
+from dynaconv.arch.spec import Family, Size
+
+HEAD_DIM = Size("head_dim", otherwise=128)
 
 FAMILY = Family(
     model_type="qwen3",
     architectures=("Qwen3ForCausalLM",),
-    sizes={**parts.SIZES, "head_dim": Size("head_dim", otherwise=128)},
+    sizes={**parts.SIZES, "q_dim": HEAD_DIM, "k_dim": HEAD_DIM, "v_dim": HEAD_DIM},
     tensors=(
         *parts.EMBEDDING_AND_HEAD,
         *parts.PRE_NORMS,
-        *parts.ATTENTION_WEIGHTS,
-        *parts.qkv_biases(when="attention_bias"),
-        *parts.output_bias(when="attention_bias"),
-        TensorSpec(f"{parts.ATTENTION}.q_norm.weight", ("head_dim",), "norm"),
-        TensorSpec(f"{parts.ATTENTION}.k_norm.weight", ("head_dim",), "norm"),
-        *parts.FFN_WEIGHTS,
+        *parts.attention(bias="attention_bias", output_bias="attention_bias"),
+        *parts.norm(f"{parts.ATTENTION}.q_norm", "q_dim"),
+        *parts.norm(f"{parts.ATTENTION}.k_norm", "k_dim"),
+        *parts.gated_ffn(),
     ),
     ffn=parts.GATED_FFN,
     ignored=parts.ROTARY_BUFFERS,
+    defaults={"hidden_act": "silu"},
 )

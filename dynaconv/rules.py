@@ -1,0 +1,173 @@
+"""What each field of a recipe may be, and every mistake that shows without a checkpoint."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, is_dataclass
+from itertools import pairwise
+from typing import Any
+
+from dynaconv.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What one field may be.
+
+    Attributes:
+        words: Ends the sentence "FIELD is VALUE; it must be ...".
+        holds: Whether a value is allowed.
+        choices: The allowed words, where there are only a few.
+    """
+
+    words: str
+    holds: Callable[[Any], bool]
+    choices: tuple[str, ...] = ()
+
+
+def _one_of(*choices: str) -> Allowed:
+    return Allowed(f"one of {', '.join(choices)}", lambda value: value in choices, choices)
+
+
+def _whole(low: int, high: int | None = None) -> Allowed:
+    words = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
+    return Allowed(words, lambda value: value >= low and (high is None or value <= high))
+
+
+def _ascending(values: list[float]) -> bool:
+    return bool(values) and values[0] > 0 and values[-1] <= 1 and all(a < b for a, b in pairwise(values))
+
+
+_POSITIVE = Allowed("a finite number above 0", lambda value: math.isfinite(value) and value > 0)
+_NOT_NEGATIVE = Allowed("a finite number of at least 0", lambda value: math.isfinite(value) and value >= 0)
+_SHARE = Allowed("from 0 to 1", lambda value: 0 <= value <= 1)
+_POSITIVE_SHARE = Allowed("above 0 and at most 1", lambda value: 0 < value <= 1)
+_INNER_SHARE = Allowed("above 0 and below 1", lambda value: 0 < value < 1)
+_FROM_ONE = Allowed("a finite number of at least 1", lambda value: math.isfinite(value) and value >= 1)
+_TEXT = Allowed("not empty", lambda value: bool(value.strip()))
+_SOURCES = Allowed("at least one file, folder or name", lambda value: value and all(item.strip() for item in value))
+
+
+def _or_null(allowed: Allowed) -> Allowed:
+    return Allowed(f"null, or {allowed.words}", lambda value: value is None or allowed.holds(value), allowed.choices)
+
+
+SUBCLONE_SIZES = ("residual", "ffn", "heads", "kv_heads", "head_dim", "layers")
+_KV_HEADS = Allowed(
+    "auto, scale, same, or a whole factor of at least 1",
+    lambda value: value in ("auto", "scale", "same") or (value.isdecimal() and int(value) >= 1),
+    ("auto", "scale", "same"),
+)
+
+ALLOWED: dict[str, Allowed] = {
+    "stages": Allowed(
+        "at least one stage, none of them twice", lambda value: bool(value) and len(set(value)) == len(value)
+    ),
+    "blocks": _whole(1, 64),
+    "seed": _whole(0),
+    "data.train": _SOURCES,
+    "data.validation": _or_null(_SOURCES),
+    "data.validation_share": _INNER_SHARE,
+    "data.field": _TEXT,
+    "data.dataset_split": _TEXT,
+    "data.sequence_length": _whole(2),
+    "profile.tokens": _whole(1),
+    "profile.batch_size": _whole(1),
+    "profile.curve_share": _POSITIVE_SHARE,
+    "profile.order": _one_of("importance", "none"),
+    "importance.tokens": _whole(1),
+    "importance.batch_size": _whole(1),
+    "subclone.ratio": _or_null(_POSITIVE_SHARE),
+    "subclone.params": _or_null(_FROM_ONE),
+    **{f"subclone.{axis}": _or_null(_whole(1)) for axis in SUBCLONE_SIZES},
+    "subclone.order": _one_of("importance", "none"),
+    "subclone.refit_ridge": _POSITIVE,
+    "subclone.shard_bytes": _whole(1),
+    "hyperclone.factor": _FROM_ONE,
+    "hyperclone.residual": _or_null(_FROM_ONE),
+    "hyperclone.ffn": _or_null(_FROM_ONE),
+    "hyperclone.heads": _or_null(_FROM_ONE),
+    "hyperclone.kv_heads": _KV_HEADS,
+    "hyperclone.head_dim": _FROM_ONE,
+    "hyperclone.layers": _or_null(_whole(1)),
+    "hyperclone.variant": _one_of("noisy", "symmetric", "diagonal"),
+    "hyperclone.snr_db": Allowed("a finite number of decibels", math.isfinite),
+    "hyperclone.shard_bytes": _whole(1),
+    "carve.router": _one_of("curve"),
+    "carve.ridge": _POSITIVE,
+    "carve.shard_bytes": _whole(1),
+    "finetune.tokens": _whole(1),
+    "finetune.batch_size": _whole(1),
+    "finetune.accumulation": _whole(1),
+    "finetune.router": _one_of("gate", "curve", "class", "uniform"),
+    "finetune.teacher": _one_of("self", "parent"),
+    "finetune.learning_rate": _POSITIVE,
+    "finetune.router_learning_rate": _POSITIVE,
+    "finetune.warmup_steps": _whole(0),
+    "finetune.weight_decay": _NOT_NEGATIVE,
+    "finetune.clip": _POSITIVE,
+    "finetune.uniform_share": _SHARE,
+    "finetune.budgets": Allowed(
+        "a lowest and a highest budget, both above 0 and at most 1, such as [0.15, 0.75]",
+        lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
+    ),
+    "finetune.full_weight": _SHARE,
+    "finetune.router_rank": _whole(0),
+    "finetune.bound": _POSITIVE,
+    "finetune.temperature": _POSITIVE,
+    "finetune.theta": _POSITIVE_SHARE,
+    "finetune.precision": _one_of("fp32", "bf16"),
+    "finetune.save_every": _whole(1),
+    "finetune.wandb": _one_of("auto", "offline", "off"),
+    "calibrate.budgets": Allowed("ascending budgets, each above 0 and at most 1, such as [0.25, 0.5]", _ascending),
+    "calibrate.tokens": _whole(1),
+    "calibrate.score_tokens": _whole(1),
+    "calibrate.batch_size": _whole(1),
+    "calibrate.tolerance": _INNER_SHARE,
+    "calibrate.speed_tokens": _whole(0),
+    "export.target": _one_of("hf"),
+}
+
+
+def problems(config: RunConfig) -> list[str]:
+    """Every mistake in ``config`` that shows without a checkpoint, one sentence each; empty when there is none."""
+    wrong = {}
+    for name, value in leaves(config):
+        allowed = ALLOWED.get(name)
+        if allowed is not None and not allowed.holds(value):
+            near = difflib.get_close_matches(str(value), allowed.choices, n=1)
+            wrong[name] = f"{name} is {value!r}; it must be {allowed.words}" + (f" ({near[0]!r}?)" if near else "")
+    between = _problems_between(config, wrong) if "data.sequence_length" not in wrong else []
+    return [*wrong.values(), *between]
+
+
+def _problems_between(config: RunConfig, wrong: Collection[str]) -> Iterator[str]:
+    """Mistakes in how fields of the stages that run go together, leaving out fields ``wrong`` by themselves."""
+    window, tune = config.data.sequence_length, config.finetune
+    for name, tokens in (
+        ("profile.tokens", config.profile.tokens),
+        ("calibrate.tokens", config.calibrate.tokens),
+        ("calibrate.score_tokens", config.calibrate.score_tokens),
+    ):
+        if name not in wrong and name.split(".")[0] in config.stages and tokens < window:
+            yield f"{name} is {tokens}; it must be at least one window (data.sequence_length is {window})"
+    sizes = {"finetune.tokens", "finetune.batch_size", "finetune.accumulation"}
+    if "finetune" not in config.stages or sizes & set(wrong):
+        return
+    if tune.tokens < tune.batch_size * window:
+        batch = f"{tune.batch_size} windows of {window} tokens, {tune.batch_size * window}"
+        yield f"finetune.tokens is {tune.tokens}; it must be at least one batch ({batch})"
+    if tune.batch_size % tune.accumulation:
+        yield f"finetune.accumulation is {tune.accumulation}; it must divide finetune.batch_size ({tune.batch_size})"
+
+
+def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of every field below ``section``, in the order of the schema."""
+    for name in section.__dataclass_fields__:
+        value = getattr(section, name)
+        if is_dataclass(value):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
