@@ -39,7 +39,7 @@ class Listening:
     def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor | None:
         """What the inner policy decides."""
         scores = ffn.router(x)
-        self.scores.setdefault(ffn.layer, []).append(scores.flatten(0, 1))
+        self.scores.setdefault(ffn.layer, []).append(scores.flatten(0, x.dim() - 2))
         return self.inner.decide(ffn, x)
 
 

@@ -9,18 +9,19 @@ from torch import Tensor, nn
 
 from dynaconv.dynamic.context import current_policy, current_trace
 from dynaconv.dynamic.layout import FFNLayout, RouterLayout
+from dynaconv.dynamic.projections import Inline, Opening, Passing, ffn_weights, inline_class, projection
 from dynaconv.dynamic.router import Router
 from dynaconv.kernels.dispatch import nested_ffn
 from dynaconv.kernels.weights import FFNWeights
 
 
 class DynamicFFN(nn.Module):
-    """Takes a stock FFN's place and owns its projections under their own names, so tensor names stay the parent's.
+    """Computes with the projections of a stock module, which keep their names, so tensor names stay the parent's.
 
-    Without a policy, or at the full dial, it computes what the stock module computes.
+    Without a policy, or at the full dial, it computes what the stock module computes. :meth:`install` puts it to work.
 
     Args:
-        stock: The module whose place it takes.
+        owner: The stock FFN, or the decoder layer where the projections lie in it directly.
         layer: Index of the decoder layer.
         edges: N + 1 neuron positions; width n uses neurons [0, edges[n]).
         ffn: Names of the projections.
@@ -30,7 +31,7 @@ class DynamicFFN(nn.Module):
 
     def __init__(
         self,
-        stock: nn.Module,
+        owner: nn.Module,
         *,
         layer: int,
         edges: Sequence[int],
@@ -40,36 +41,53 @@ class DynamicFFN(nn.Module):
     ) -> None:
         super().__init__()
         self.layer, self.edges, self.blocks, self.names = layer, tuple(edges), len(edges) - 1, ffn
-        for name in (ffn.gate, ffn.up, ffn.down):
-            if name is not None:
-                self.add_module(name, stock.get_submodule(name))
         self.activation = activation
-        device = self.projection(ffn.down).weight.device
-        with torch.device(device):
-            self.router = Router(self.projection(ffn.up).in_features, edges, router)
-        self.train(stock.training)
+        self._owner = [owner]  # in a list: no submodule
+        up = self.weights().up
+        with torch.device(up.device):
+            self.router = Router(up.shape[1], edges, router)
+        self.train(owner.training)
 
-    def projection(self, name: str) -> nn.Linear:
-        """The projection called ``name``."""
-        module = self.get_submodule(name)
-        assert isinstance(module, nn.Linear)
-        return module
+    def install(self, model: nn.Module) -> None:
+        """Takes the place of its stock FFN in ``model``.
+
+        A gated FFN is replaced as a whole. One without a gate is three modules in a row, with what differs by family
+        around them (dropout; with OPT, the decoder layer itself), so it keeps its place: its up projection computes
+        everything, activation and down projection let that pass.
+        """
+        path, owner = self.names.path.format(layer=self.layer), self._owner[0]
+        if self.names.gate is None:
+            setattr(owner, _activation_name(owner, self.activation), nn.Identity())
+            projection(owner, self.names.up).network = self
+            for mixin, name in ((Opening, self.names.up), (Passing, self.names.down)):
+                module: nn.Module = projection(owner, name)
+                module.__class__ = inline_class(mixin, type(module))
+            return
+        for name in dict.fromkeys((self.names.gate, self.names.up, self.names.down)):
+            self.add_module(name, projection(owner, name))
+        self._owner = [self]
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, self)
 
     def hidden(self, x: Tensor) -> Tensor:
-        """Activations of all neurons, (B, T, F), for inputs (B, T, D)."""
-        up = self.get_submodule(self.names.up)(x)
+        """Activations of all neurons, (..., F), for inputs (..., D)."""
+        up = self._project(self.names.up, x)
         if self.names.gate is None:
             return self.activation(up)
-        return self.activation(self.get_submodule(self.names.gate)(x)) * up
+        if self.names.gate == self.names.up:
+            gate, up = up.chunk(2, dim=-1)
+        else:
+            gate = self._project(self.names.gate, x)
+        return self.activation(gate) * up
 
     def forward(self, x: Tensor) -> Tensor:
-        """Output (B, T, D) for inputs (B, T, D), using of each token what the call's policy decides."""
+        """Output for inputs (B, T, D), using of each token what the call's policy decides; OPT's are (B * T, D)."""
         policy, trace = current_policy(), current_trace()
         choice = policy.decide(self, x) if policy is not None else None
         if trace is not None:
             trace.add(self.layer, self._widths(choice, x))
         if choice is None:
-            return self.get_submodule(self.names.down)(self.hidden(x))
+            return self._project(self.names.down, self.hidden(x))
         if choice.is_floating_point() or torch.is_grad_enabled():
             return self._masked(policy, choice, x)
         rows, widths = x.reshape(-1, x.shape[-1]), choice.reshape(-1)
@@ -77,17 +95,12 @@ class DynamicFFN(nn.Module):
 
     def weights(self) -> FFNWeights:
         """The projections as the kernels take them."""
-        gate = self.projection(self.names.gate) if self.names.gate is not None else None
-        up, down = self.projection(self.names.up), self.projection(self.names.down)
-        return FFNWeights(
-            gate=gate.weight if gate is not None else None,
-            up=up.weight,
-            down=down.weight,
-            gate_bias=gate.bias if gate is not None else None,
-            up_bias=up.bias,
-            down_bias=down.bias,
-            activation=self.activation,
-        )
+        names = self.names
+        return ffn_weights(self._owner[0], names.gate, names.up, names.down, self.activation)
+
+    def _project(self, name: str, x: Tensor) -> Tensor:
+        module = projection(self._owner[0], name)
+        return module.project(x) if isinstance(module, Inline) else module(x)
 
     def _masked(self, policy: object, choice: Tensor, x: Tensor) -> Tensor:
         """All neurons computed, those of unused blocks multiplied away: what training runs, gradients included."""
@@ -100,9 +113,22 @@ class DynamicFFN(nn.Module):
             on = choice[..., None] > torch.arange(self.blocks, device=x.device)
         sizes = torch.tensor([b - a for a, b in zip(self.edges, self.edges[1:], strict=False)], device=x.device)
         neurons = on.to(h.dtype).repeat_interleave(sizes, dim=-1, output_size=self.edges[-1])
-        return self.get_submodule(self.names.down)(h * neurons)
+        return self._project(self.names.down, h * neurons)
 
     def _widths(self, choice: Tensor | None, x: Tensor) -> Tensor:
         if choice is None:
             return torch.full(x.shape[:-1], self.blocks, dtype=torch.int64, device=x.device)
         return (choice > 0.5).sum(-1) if choice.is_floating_point() else choice
+
+
+def _activation_name(owner: nn.Module, activation: Callable[[Tensor], Tensor]) -> str:
+    """What ``owner`` calls its nonlinearity.
+
+    Raises:
+        ValueError: It has none like ``activation``, or several.
+    """
+    names = [name for name, child in owner.named_children() if type(child) is type(activation)]
+    if len(names) != 1:
+        found = ", ".join(names) or "none"
+        raise ValueError(f"{type(owner).__name__} must have one {type(activation).__name__}; found: {found}")
+    return names[0]

@@ -21,8 +21,10 @@ class FFNLayout:
     """Where the feed-forward networks are and what their projections are called.
 
     Attributes:
-        path: Module path with ``{layer}``, such as ``model.layers.{layer}.mlp``.
-        gate: Name of the gate projection, ``None`` where the FFN has no gate.
+        path: Module path with ``{layer}``, such as ``model.layers.{layer}.mlp``; that of the decoder layer where the
+            projections lie in it directly.
+        gate: Name of the gate projection; ``None`` where the FFN has no gate, the name of the up projection where both
+            are stored as one, the gate's rows first.
         up: Name of the up projection (the first, where there is no gate).
         down: Name of the down projection.
         activation: Field of ``config.json`` that names the activation.

@@ -1,7 +1,7 @@
 """The dynamic model: a stock transformers model whose FFNs listen to a dial.
 
 ``load(folder)`` builds the stock class that ``config.json`` names, through transformers' own loading, then puts a
-:class:`DynamicFFN` in the place of each FFN. Nothing else of the stock model changes, so caches, generation,
+:class:`DynamicFFN` to work in the place of each FFN. Nothing else of the stock model changes, so caches, generation,
 quantised attention and ``device_map`` work as they do there. ``DynaconvForCausalLM`` is the same behind
 ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``.
 """
@@ -147,17 +147,15 @@ def attach(
     """
     activation = ACT2FN[getattr(model.config, layout.ffn.activation)]
     for layer in range(layout.layers):
-        path = layout.ffn.path.format(layer=layer)
         ffn = DynamicFFN(
-            model.get_submodule(path),
+            model.get_submodule(layout.ffn.path.format(layer=layer)),
             layer=layer,
             edges=layout.edges,
             ffn=layout.ffn,
             activation=activation,
             router=layout.router,
         )
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, ffn)
+        ffn.install(model)
     model.__class__ = dynamic_class(type(model))  # type: ignore[arg-type]
     made: Any = model
     made.layout, made.dial = layout, dial or Dial.full()

@@ -20,11 +20,11 @@ class Policy(Protocol):
     """Decides, layer by layer, which blocks the tokens of a call use."""
 
     def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor | None:
-        """What the tokens ``x`` (B, T, D) use of ``ffn``.
+        """What the tokens ``x`` (B, T, D) use of ``ffn``; (B * T, D) where the model flattens them.
 
         Returns:
             ``None``: all blocks. An integer tensor (B, T): the first so many. A floating tensor (B, T, N): each block
-            times its entry, through which gradients may flow.
+            times its entry, through which gradients may flow. Flat where ``x`` is.
         """
 
 
@@ -85,5 +85,6 @@ class Routed:
         if level.dim():  # one dial a sequence; beams and returned sequences repeat each row in place
             if x.shape[0] % level.shape[0]:
                 raise ValueError(f"{level.shape[0]} dials for a batch of {x.shape[0]} sequences: give one for each")
-            level = level.repeat_interleave(x.shape[0] // level.shape[0], dim=0)[:, None]
+            level = level.repeat_interleave(x.shape[0] // level.shape[0], dim=0)
+            level = level.view(-1, *(1,) * (x.dim() - 2))
         return ffn.router.widths(ffn.router(x), level)

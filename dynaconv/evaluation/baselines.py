@@ -79,7 +79,7 @@ class OracleRouter(Router):
         """Log r_n of tokens ``x`` (..., D), (..., N)."""
         ffn = self._ffn[0]
         hidden = ffn.hidden(x).flatten(0, -2).float()
-        curve = log_errors(relative_errors(hidden, ffn.projection(ffn.names.down).weight.float(), ffn.edges))
+        curve = log_errors(relative_errors(hidden, ffn.weights().down.float(), ffn.edges))
         return curve.view(*x.shape[:-1], ffn.blocks)
 
 

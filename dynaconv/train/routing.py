@@ -82,8 +82,8 @@ class Labelled:
 
     def observe(self, ffn: DynamicFFN, x: Tensor, h: Tensor) -> None:
         """Measures the curve of activations ``h`` (B, T, F) and the router's loss against it."""
-        score = ffn.router(x.detach()).flatten(0, 1)
-        tokens, down = h.detach().flatten(0, 1).float(), ffn.projection(ffn.names.down).weight.detach()
+        score = ffn.router(x.detach()).flatten(0, -2)
+        tokens, down = h.detach().flatten(0, -2).float(), ffn.weights().down.detach()
         if ffn.router.kind == "curve":
             loss = functional.mse_loss(score, log_errors(relative_errors(tokens, down, ffn.edges)))
         else:
