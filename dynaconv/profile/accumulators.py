@@ -129,6 +129,43 @@ class RidgeStatistics(Sums):
         self.sums["target"].addmm_(features.T, targets.float())
 
 
+class SecondMoment(Sums):
+    """Sum over tokens of x x^T, for least squares on x."""
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(gram=torch.zeros((width, width), device=device))
+
+    def add(self, x: torch.Tensor) -> None:
+        """Gathers ``(M, W)`` vectors."""
+        self.sums["tokens"] += x.shape[0]
+        self.sums["gram"].addmm_(x.T.float(), x.float())
+
+
+class Influence(Sums):
+    """How much a decoder layer changes the residual stream that passes it, in two measures."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        zeros = torch.zeros((), dtype=torch.float64, device=device)
+        super().__init__(cosine=zeros, share=zeros.clone())
+
+    def add(self, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Gathers the residual stream ``(M, D)`` before and behind the layer."""
+        self.sums["tokens"] += before.shape[0]
+        for x, y in zip(torch.split(before, ROWS), torch.split(after, ROWS), strict=True):
+            x, y = x.float(), y.float()
+            self.sums["cosine"] += torch.cosine_similarity(x, y, dim=-1).sum(dtype=torch.float64)
+            share = (y - x).norm(dim=-1) / y.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+            self.sums["share"] += share.sum(dtype=torch.float64)
+
+    def block_influence(self) -> torch.Tensor:
+        """Scalar float32: 1 - mean cosine(x, x + f(x)). ShortGPT, arXiv 2403.03853."""
+        return (1 - self.sums["cosine"] / max(1, self.tokens)).float()
+
+    def contribution(self) -> torch.Tensor:
+        """Scalar float32: mean ||f(x)|| / ||x + f(x)||. Weight subcloning, arXiv 2312.09299."""
+        return (self.sums["share"] / max(1, self.tokens)).float()
+
+
 def _with_ends(inner: torch.Tensor) -> torch.Tensor:
     """``(N - 1,)`` errors with the 1 of width 0 before and the 0 of width N behind."""
     return torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0), value=1.0), (0, 1), value=0.0)

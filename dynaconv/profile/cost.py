@@ -27,7 +27,8 @@ def profile_estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
     sizes, layers, tokens = checkpoint.sizes, checkpoint.layers, config.profile.tokens
     edges = block_edges(sizes["ffn"], config.blocks)
     curve_tokens = round(config.profile.curve_share * tokens)
-    states, batch = WORD * sizes["residual"] * tokens, _batch_bytes(config, checkpoint)
+    states = WORD * sizes["residual"] * tokens
+    batch = _batch_bytes(checkpoint, config.profile.batch_size * config.data.sequence_length)
     phases = {
         "embedding": WORD * checkpoint.embedding_parameters + states,
         "layer": states + batch + _layer_bytes(checkpoint, curve_tokens),
@@ -46,16 +47,35 @@ def profile_estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
     return Estimate(phases[worst], disk, flops, (f"most memory is needed for the {worst}; {states_note}",))
 
 
-def _batch_bytes(config: RunConfig, checkpoint: Checkpoint) -> int:
-    """Activations of a layer on one batch at their most: about 4 F and 10 D a token."""
-    tokens = config.profile.batch_size * config.data.sequence_length
+def importance_estimate(config: RunConfig, checkpoint: Checkpoint, disk_bytes: int) -> Estimate:
+    """Peak memory on the CPU and FLOPs of measuring importance, which leaves ``disk_bytes``."""
+    sizes, wanted = checkpoint.sizes, config.importance
+    states = WORD * sizes["residual"] * wanted.tokens
+    batch = _batch_bytes(checkpoint, wanted.batch_size * config.data.sequence_length)
+    squares = sizes["ffn"] ** 2 + (sizes["q_head"] * sizes["v_dim"]) ** 2 if wanted.second_moments else 0
+    layer = WORD * (checkpoint.ffn_parameters + checkpoint.attention_parameters + squares)
+    phases = {
+        "embedding": WORD * checkpoint.embedding_parameters + states,
+        "layer": states + batch + layer,
+        "head": WORD * checkpoint.head_parameters + states + 2 * LOGITS_BYTES + batch,
+    }
+    forward = checkpoint.layers * (checkpoint.ffn_parameters + checkpoint.attention_parameters + squares)
+    worst = max(phases, key=lambda phase: phases[phase])
+    note = f"most memory is needed for the {worst}; hidden states of {wanted.tokens} tokens take {size_text(states)}"
+    flops = 2.0 * wanted.tokens * (forward + checkpoint.head_parameters)
+    return Estimate(phases[worst], disk_bytes, flops, (note,))
+
+
+def _batch_bytes(checkpoint: Checkpoint, tokens: int) -> int:
+    """Activations of a layer on a batch of ``tokens`` at their most: about 4 F and 10 D a token."""
     return WORD * tokens * (4 * checkpoint.sizes["ffn"] + 10 * checkpoint.sizes["residual"])
 
 
 def _kept_bytes(config: RunConfig, checkpoint: Checkpoint) -> int:
     """What is left of the layers' activations when they are done: the allocator gives only large tensors back."""
-    largest = WORD * config.profile.batch_size * config.data.sequence_length * checkpoint.sizes["ffn"]
-    return _batch_bytes(config, checkpoint) if largest < RETAINED else 0
+    tokens = config.profile.batch_size * config.data.sequence_length
+    largest = WORD * tokens * checkpoint.sizes["ffn"]
+    return _batch_bytes(checkpoint, tokens) if largest < RETAINED else 0
 
 
 def _layer_bytes(checkpoint: Checkpoint, curve_tokens: int) -> int:

@@ -12,6 +12,7 @@ from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.config import RunConfig
 from dynaconv.errors import CheckpointError, DataError
 from dynaconv.pipeline.stage import Estimate, Stage, StageContext
+from dynaconv.profile.calibration import calibration_batches
 
 if TYPE_CHECKING:
     import torch
@@ -88,27 +89,17 @@ class ProfileStage(Stage):
 
 def _sample(checkpoint: Checkpoint, context: StageContext) -> tuple[Sample, str]:
     """Calibration batches of the training side of the text, and the text's digest."""
-    from dynaconv.data.corpus import load_corpus
-    from dynaconv.data.tokenizer import load_tokenizer
-    from dynaconv.data.windows import evaluation_batches
     from dynaconv.profile.measure import Sample
 
     config = context.config
-    corpus = load_corpus(
-        config.data,
-        load_tokenizer(checkpoint.folder, trust_remote_code=config.trust_remote_code),
-        train_tokens=config.profile.tokens,
-        validation_tokens=0,
-        max_positions=checkpoint.max_positions,
-        vocabulary=checkpoint.sizes["vocab"],
-        say=context.progress.say,
+    batches, digest = calibration_batches(
+        checkpoint, context, tokens=config.profile.tokens, batch_size=config.profile.batch_size
     )
-    batches = list(evaluation_batches(corpus.train, config.profile.batch_size, seed=config.seed))
     sample = Sample.of(batches, config.profile.curve_share)
     if not sample.curve_tokens:
         found = "documents of one token"
         raise DataError("there is no text to measure on", where=f"data={config.data.train}", found=found)
-    return sample, corpus.digest
+    return sample, digest
 
 
 def _felt(stream: LayerStream, sample: Sample, context: StageContext) -> torch.Tensor:

@@ -1,0 +1,137 @@
+"""Which channels of a shorter head stay.
+
+Queries and keys meet channel by channel, so they share one choice. Rotary embeddings turn channels i and i + P of a
+head together: whole pairs stay, and those whose frequencies are nearest to the ones that a shorter head will be turned
+with, so that a pair goes on telling the distances that it has learned to tell. Values go their own way.
+
+d channels of a head, P rotary pairs; d' and P' of the shorter head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynaconv.arch.checkpoint import Checkpoint
+from dynaconv.convert.rotary import Rotation, kinds, rotations
+from dynaconv.errors import ConfigError
+
+QUERY_KEY = ("q_dim", "k_dim")
+SMALLEST = 1e-30  # frequencies of 0 (channels that never turn) have no logarithm
+
+
+def query_key_channels(
+    checkpoint: Checkpoint, config: Mapping[str, Any], head_dim: int, *, ranked: bool
+) -> dict[int, Tensor]:
+    """Channels (d',) int64 of queries and keys that stay in each layer, in their order.
+
+    Args:
+        checkpoint: Whose heads are shortened.
+        config: Content of ``config.json`` of the result, layers not yet removed.
+        head_dim: d'.
+        ranked: Whether channels that no rotary embedding turns are chosen by their say in the scores; else the first.
+
+    Raises:
+        ConfigError: Rotary pairs do not fit into the shorter head, or each has a scaling of its own.
+    """
+    layers, d = checkpoint.layers, checkpoint.sizes["q_dim"]
+    if head_dim == d:
+        return {layer: torch.arange(d) for layer in range(layers)}
+    old = _by_layer(checkpoint.config, layers)
+    if all(rotation is None for rotation in old):
+        return {layer: _unturned(checkpoint, layer, 0, head_dim, ranked=ranked) for layer in range(layers)}
+    _check_rotary(checkpoint, config, head_dim, old)
+    new = _by_layer(config, layers)
+    chosen: dict[int, Tensor] = {}
+    for layer, (before, after) in enumerate(zip(old, new, strict=True)):
+        assert before is not None
+        assert after is not None
+        pairs = nearest_pairs(before.frequencies, after.frequencies)
+        count = 2 * len(before.frequencies)
+        rest = _unturned(checkpoint, layer, count, head_dim - 2 * len(pairs), ranked=ranked)
+        chosen[layer] = torch.cat([pairs, pairs + count // 2, rest])
+    return chosen
+
+
+def nearest_pairs(old: Tensor, new: Tensor) -> Tensor:
+    """For each of the ``new`` frequencies (P',) one of the ``old`` (P,), none twice, P' <= P: (P',) int64.
+
+    Minimises the sum of |log old - log new|. With both sorted the best choice never crosses, so one table of
+    P x P' sums finds it.
+    """
+    by_old, by_new = old.argsort(stable=True), new.argsort(stable=True)
+    cost = (new[by_new].clamp_min(SMALLEST).log()[:, None] - old[by_old].clamp_min(SMALLEST).log()).abs().double()
+    count, total = cost.shape
+    best = torch.full((count + 1, total + 1), torch.inf, dtype=torch.float64)
+    best[0] = 0
+    for i in range(1, count + 1):
+        for j in range(i, total + 1):
+            best[i, j] = torch.minimum(best[i, j - 1], best[i - 1, j - 1] + cost[i - 1, j - 1])
+    chosen, j = torch.empty(count, dtype=torch.int64), total
+    for i in range(count, 0, -1):
+        while best[i, j] == best[i, j - 1]:
+            j -= 1
+        chosen[by_new[i - 1]] = by_old[j - 1]
+        j -= 1
+    return chosen
+
+
+def query_key_say(checkpoint: Checkpoint, layer: int) -> Tensor:
+    """How much each channel can add to the scores, from the weights alone: (d,) float32.
+
+    The norm of what makes the channel of all queries, times that of all keys.
+    """
+    sizes = checkpoint.sizes
+    norms = {axis: torch.zeros(sizes[axis]) for axis in QUERY_KEY}
+    for name in checkpoint.names_of_layer(layer):
+        spec = checkpoint.slots[name].spec
+        if spec.contracts is None:
+            continue
+        produced = spec.dimensions[1 - spec.contracts]
+        for axis in norms.keys() & produced.axes:
+            weight = checkpoint.reader.read_finite(name)
+            squares = weight.float().square().sum(spec.contracts)
+            others = {"q_dim", "k_dim", "v_dim"} - {axis}
+            for channel in range(sizes[axis]):
+                at = {axis: torch.tensor([channel]), **dict.fromkeys(others, torch.tensor([], dtype=torch.int64))}
+                norms[axis][channel] += squares[produced.positions(sizes, at.get)].sum()
+    return norms["q_dim"].sqrt() * norms["k_dim"].sqrt()
+
+
+def _by_layer(config: Mapping[str, Any], layers: int) -> list[Rotation | None]:
+    """The rotary embedding of each layer."""
+    found = rotations(config)
+    return [found.get(kind) for kind in kinds(found, config, layers)]
+
+
+def _unturned(checkpoint: Checkpoint, layer: int, start: int, count: int, *, ranked: bool) -> Tensor:
+    """``count`` of the channels from ``start`` on, which no rotary embedding turns: the weightiest, or the first."""
+    if not ranked or not count:
+        return torch.arange(start, start + count)
+    say = query_key_say(checkpoint, layer)[start:]
+    return start + say.argsort(descending=True, stable=True)[:count]
+
+
+def _check_rotary(checkpoint: Checkpoint, config: Mapping[str, Any], head_dim: int, old: list[Rotation | None]) -> None:
+    """Refuses lengths whose channels cannot be turned in pairs."""
+    d = checkpoint.sizes["q_dim"]
+    turned = max(2 * len(rotation.frequencies) for rotation in old if rotation is not None)
+    pairs = head_dim * turned / d / 2
+    if pairs < 1 or head_dim % 2 or (turned < d and int(head_dim * turned / d) % 2):
+        even = [size for size in range(2, d + 1, 2) if int(size * turned / d) >= 2 and int(size * turned / d) % 2 == 0]
+        near = sorted(sorted(even, key=lambda size: abs(size - head_dim))[:2])
+        raise ConfigError(
+            f"head_dim is {head_dim}, but rotary embeddings turn channels in pairs",
+            where="subclone",
+            expected=f"an even number of channels to turn, out of {turned} in {d}",
+            hint=" or ".join(f"head_dim={size}" for size in near),
+        )
+    if any(rotation is not None and rotation.kind == "longrope" for rotation in old):
+        raise ConfigError(
+            "head_dim cannot shrink with longrope scaling, which lists a factor for each pair of channels",
+            where="subclone",
+            hint="leave head_dim as it is and take fewer heads",
+        )
