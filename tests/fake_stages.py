@@ -20,7 +20,7 @@ from dynaconv.config import RunConfig
 from dynaconv.errors import DataError
 from dynaconv.pipeline import registry
 from dynaconv.pipeline.runner import run_pipeline
-from dynaconv.pipeline.stage import Estimate, Stage, StageContext
+from dynaconv.pipeline.stage import Dense, Estimate, Stage, StageContext
 from dynaconv.progress import Progress
 
 FILES, STEPS = 3, 8
@@ -34,8 +34,8 @@ class FakeStage(Stage):
     file_bytes: ClassVar[int] = 2000
     pause: ClassVar[float] = 0.0
 
-    def estimate(self, config: RunConfig, source: Path) -> Estimate:
-        return Estimate(peak_bytes=1000, disk_bytes=10, flops=5.0, notes=(source.name,))
+    def estimate(self, config: RunConfig, source: Dense) -> Estimate:
+        return Estimate(peak_bytes=1000, disk_bytes=10, flops=5.0, notes=(Path(str(source)).name,))
 
     def run(self, context: StageContext) -> dict[str, Any]:
         FakeStage.calls.append(self.name)

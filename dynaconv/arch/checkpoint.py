@@ -54,14 +54,18 @@ class Checkpoint:
     reader: CheckpointReader
 
     @classmethod
-    def open(cls, folder: str | Path) -> Checkpoint:
+    def open(cls, folder: str | Path | Checkpoint) -> Checkpoint:
         """Reads ``config.json`` and the headers of the shards, and checks all names, shapes and dtypes.
+
+        What is open already is returned as it is.
 
         Raises:
             UnknownArchitectureError: No family has its ``model_type``.
             CheckpointError: The folder, its config or its weights are missing or damaged, the weights are quantised,
                 or tensors differ from what the config says (all differences are listed).
         """
+        if isinstance(folder, Checkpoint):
+            return folder
         folder = Path(folder)
         config = read_config(folder)
         family = family_for(config)
@@ -78,6 +82,22 @@ class Checkpoint:
                 hint="check that config.json and the weights come from the same model",
             )
         return cls(folder, config, family, reader)
+
+    def imagined(self, config: Mapping[str, Any]) -> Checkpoint:
+        """A checkpoint of this family with another ``config`` that nobody has written: for estimates.
+
+        Its tensors have the dtypes of this one's; they cannot be read.
+
+        Raises:
+            CheckpointError: ``config`` lacks sizes, or they do not fit each other.
+        """
+        dtypes = {slot.spec.name: self.reader.tensors[name].dtype for name, slot in self.slots.items()}
+        tensors = {}
+        for name, slot in self.family.slots(config).items():
+            dtype = dtypes.get(slot.spec.name, self.dtype)
+            size = prod(slot.shape) * dtype.itemsize
+            tensors[name] = TensorInfo(name, dtype, slot.shape, self.folder, 0, size)
+        return Checkpoint(self.folder, config, self.family, CheckpointReader.imagined(self.folder, tensors))
 
     @cached_property
     def slots(self) -> dict[str, Slot]:

@@ -92,6 +92,13 @@ class CheckpointReader:
         reader.folder, reader.tensors = path.parent, _infos(path)
         return reader
 
+    @classmethod
+    def imagined(cls, folder: Path, tensors: dict[str, TensorInfo]) -> CheckpointReader:
+        """Tensors that are in no file yet; they cannot be read."""
+        reader = cls.__new__(cls)
+        reader.folder, reader.tensors = folder, tensors
+        return reader
+
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors."""

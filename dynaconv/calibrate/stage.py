@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from dynaconv.artifacts.files import write_json
 from dynaconv.config import RunConfig
-from dynaconv.pipeline.stage import Estimate, Stage, StageContext
+from dynaconv.pipeline.stage import Dense, Estimate, Stage, StageContext
 
 
 class CalibrateStage(Stage):
     """Solves and measures the dial on text that was never trained on."""
 
     name = "calibrate"
-    consumes = ("dense", "dynamic")
+    consumes = ("parent", "dynamic")
     produces = "dials"
     sections = ("seed", "data", "calibrate")
 
-    def estimate(self, config: RunConfig, source: Path) -> Estimate:
+    def estimate(self, config: RunConfig, source: Dense) -> Estimate:
         """Parent and dynamic model side by side, and the logits of one batch."""
         from dynaconv.arch.checkpoint import Checkpoint
 
@@ -51,17 +50,20 @@ class CalibrateStage(Stage):
         settings, data = context.config.calibrate, context.config.data
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = load(context.inputs["dynamic"]).to(device).eval()
-        parent = load_dense(context.inputs["dense"], device)
+        parent = load_dense(context.inputs["parent"], device)
         text = held_out(context, model.config)
-        checkpoint = Checkpoint.open(context.inputs["dense"])
         routers = sum(value.numel() for value in model.router_state().values())
-        costs = [CostModel.of(checkpoint, router=r, context=data.sequence_length // 2) for r in (0, routers)]
+        middle = data.sequence_length // 2
+        costs = (
+            CostModel.of(Checkpoint.open(context.inputs["parent"]), router=0, context=middle),
+            CostModel.of(Checkpoint.open(context.inputs["dynamic"]), router=routers, context=middle),
+        )
         budgets = {*settings.budgets, 1.0}
         with context.progress.task("calibrate", total=2 * len(budgets), unit="budgets") as task:
             routed = model.layout.router.kind != "none"
             table = levels_for(model, text, settings, task) if routed else uniform_table(model.layout, settings.budgets)
             model.layout = model.layout.with_dial(table, {})
-            frontier = measure(model, parent, text, (costs[0], costs[1]), settings.speed_tokens, task)
+            frontier = measure(model, parent, text, costs, settings.speed_tokens, task)
         qualities = tuple(row["quality"] for row in frontier["frontier"])
         layout = model.layout.with_dial(replace(table, qualities=qualities), frontier)
         layout.save(context.folder)

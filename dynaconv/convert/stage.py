@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from dynaconv.config import RunConfig
 from dynaconv.convert.measured import Measured
 from dynaconv.convert.ridge import ridge_peak_bytes, solve_ridge
 from dynaconv.dynamic.layout import ROUTER_FILE, FFNLayout, Layout, RouterLayout
-from dynaconv.pipeline.stage import TORCH_BYTES, Estimate, Stage, StageContext
+from dynaconv.pipeline.stage import TORCH_BYTES, Dense, Estimate, Stage, StageContext
 
 
 class CarveStage(Stage):
@@ -36,7 +35,7 @@ class CarveStage(Stage):
     sections = ("blocks", "carve")
     library_bytes = TORCH_BYTES
 
-    def estimate(self, config: RunConfig, source: Path) -> Estimate:
+    def estimate(self, config: RunConfig, source: Dense) -> Estimate:
         """Peak memory and disk, from the headers of the checkpoint.
 
         Raises:
@@ -50,7 +49,7 @@ class CarveStage(Stage):
         orders = 8 * layers * checkpoint.sizes["ffn"]
         solving = ridge_peak_bytes(residual, config.blocks)
         weights = sum(checkpoint.reader.tensors[name].nbytes for name in checkpoint.slots)
-        sides = sum(path.stat().st_size for path in side_files(source))
+        sides = sum(path.stat().st_size for path in side_files(checkpoint.folder))
         sizes = sorted({stop - start for start, stop in pairwise(edges)})
         width = " or ".join(map(str, sizes))
         return Estimate(

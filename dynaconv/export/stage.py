@@ -9,7 +9,7 @@ from typing import Any
 
 from dynaconv.artifacts.files import read_json
 from dynaconv.config import RunConfig
-from dynaconv.pipeline.stage import Estimate, Stage, StageContext
+from dynaconv.pipeline.stage import Dense, Estimate, Stage, StageContext
 
 TARGETS = {"hf": "dynaconv.export.hf"}
 """Modules by the name that recipes use. Each has ``write`` and ``check``, as in ``hf``."""
@@ -24,7 +24,7 @@ class ExportStage(Stage):
     sections = ("export",)
     unfingerprinted = ("export.check",)
 
-    def estimate(self, config: RunConfig, source: Path) -> Estimate:
+    def estimate(self, config: RunConfig, source: Dense) -> Estimate:
         """A copy of the weights; two loads of them while checking."""
         from dynaconv.arch.checkpoint import Checkpoint
 

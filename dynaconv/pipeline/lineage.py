@@ -20,7 +20,7 @@ from dynaconv.pipeline import registry
 from dynaconv.pipeline.stage import Stage
 
 SOURCE = "source"
-SOURCE_FIELD = "inputs.dense"
+SOURCE_KINDS = ("parent", "dense")  # what the source is before any stage has run
 DATA_FIELD = "data.content"
 # Where text lies; what counts is its content, which has a digest of its own.
 LOCATIONS = ("data.train", "data.validation")
@@ -63,7 +63,7 @@ class Link:
 def order_problems(stages: Sequence[Stage]) -> list[str]:
     """Why ``stages`` cannot run in this order: which lacks what, and which stage makes it. Empty when they can."""
     found: list[str] = []
-    made: dict[str, str] = {"dense": SOURCE}
+    made = dict.fromkeys(SOURCE_KINDS, SOURCE)
     outdated: dict[str, str] = {}
     for stage in stages:
         for kind in stage.consumes:
@@ -94,7 +94,7 @@ def chain(config: RunConfig, stages: Sequence[Stage], source: str, text: str) ->
         text: Digest of the text, for the stages that read text.
     """
     links: list[Link] = []
-    made: dict[str, tuple[str, str]] = {"dense": (SOURCE, source)}
+    made = dict.fromkeys(SOURCE_KINDS, (SOURCE, source))
     for position, stage in enumerate(stages, 1):
         values = sections(config, stage)
         fields: dict[str, Any] = {"stage": stage.name, "schema": manifest.SCHEMA, **_settings(values, stage)}

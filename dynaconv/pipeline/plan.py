@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from dynaconv.artifacts.files import free_bytes, size_text
 from dynaconv.artifacts.run import Run, slot
@@ -16,7 +16,7 @@ from dynaconv.errors import ConfigError, DynaconvError, suggest
 from dynaconv.memory import available_bytes
 from dynaconv.pipeline import registry
 from dynaconv.pipeline.lineage import chain, order_problems
-from dynaconv.pipeline.stage import Estimate, Stage
+from dynaconv.pipeline.stage import Dense, Estimate, Stage
 from dynaconv.pipeline.state import MAKE, State, judge_all
 from dynaconv.rules import problems as config_problems
 
@@ -101,7 +101,10 @@ def make_plan(
     errors: list[DynaconvError] = [ConfigError(mistake) for mistake in mistakes]
     if until in config.stages:
         stages = stages[: config.stages.index(until) + 1]
-    estimates = [_attempt(errors, partial(stage.estimate, config, source)) or Estimate() for stage in stages]
+    estimates, dense = [], cast(Dense, source)
+    for stage in stages:
+        estimates.append(_attempt(errors, partial(stage.estimate, config, dense)) or Estimate())
+        dense = _attempt(errors, partial(stage.resized, config, dense)) or dense
     # The source is hashed only where there are results to compare with.
     recorded = run is not None and bool(run.manifest.stages)
     hashed = _attempt(errors, partial(digest, source)) if recorded else ""

@@ -21,7 +21,7 @@ from dynaconv.artifacts.source import digest, resolve
 from dynaconv.config import RunConfig
 from dynaconv.errors import ArtifactError, ConfigError, StaleArtifactError
 from dynaconv.memory import peak_rss_bytes, reset_peak
-from dynaconv.pipeline.lineage import SOURCE, SOURCE_FIELD, Link, chain
+from dynaconv.pipeline.lineage import SOURCE, Link, chain
 from dynaconv.pipeline.log import stage_log
 from dynaconv.pipeline.plan import checked_stages, data_digest
 from dynaconv.pipeline.recipe import recipe_text, settled
@@ -190,7 +190,7 @@ class _Maker:
         started, began = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
         reset_peak()
         metrics = link.stage.run(StageContext(self.config, inputs, staging, work, self.progress, log))
-        consumed = {kind: self._consumed(link, maker) for kind, maker in link.inputs.items()}
+        consumed = {kind: self._consumed(link, kind) for kind in link.inputs}
         return StageRecord(
             id=f"{link.name}-{link.fingerprint[:HEX_SHOWN]}",
             parents=tuple(identity["id"] for identity in consumed.values()),
@@ -212,11 +212,11 @@ class _Maker:
         record = self.run.manifest.record(maker)
         return self.source if record is None else self.run.folder(record)
 
-    def _consumed(self, link: Link, maker: str) -> dict[str, str]:
-        """Id, fingerprint and hash of the content of what ``maker`` made."""
-        record = self.run.manifest.record(maker)
+    def _consumed(self, link: Link, kind: str) -> dict[str, str]:
+        """Id, fingerprint and hash of the content of the ``kind`` that the stage consumes."""
+        record = self.run.manifest.record(link.inputs[kind])
         if record is None:
-            content = str(link.fields[SOURCE_FIELD]).removeprefix(f"{SOURCE}:")
+            content = str(link.fields[f"inputs.{kind}"]).removeprefix(f"{SOURCE}:")
             return {"id": f"{SOURCE}-{content[:HEX_SHOWN]}", "fingerprint": content, "content": content}
         content = fingerprint({output.path: output.sha256 for output in record.outputs})
         return {"id": record.id, "fingerprint": record.fingerprint, "content": content}

@@ -2,7 +2,9 @@
 
 Artifacts have a kind. A recipe is legal when every stage finds the kinds it consumes among those made before it:
 
+    parent       the source: what results are compared with, and what may teach
     dense        a plain checkpoint folder (the source, or what a resize made)
+    importance   what may be left out of a dense checkpoint
     statistics   what profile measured on a dense checkpoint
     dynamic      a carved checkpoint: plain tensors, and dynaconv.json + dynaconv.safetensors beside them
     dials        thresholds and the frontier that calibrate measured on a dynamic checkpoint
@@ -16,12 +18,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from dynaconv.config import RunConfig
 from dynaconv.progress import Progress
 
-KINDS = ("dense", "statistics", "dynamic", "dials", "model")
+if TYPE_CHECKING:
+    from dynaconv.arch.checkpoint import Checkpoint
+
+KINDS = ("parent", "dense", "importance", "statistics", "dynamic", "dials", "model")
+
+Dense: TypeAlias = "Path | Checkpoint"  # a checkpoint's folder, or the shape of one that is not written yet
 
 # Resident size of a process before any tensor (measured; CPU build): Python with torch, and with transformers' models.
 TORCH_BYTES = 260 * 10**6
@@ -96,9 +103,13 @@ class Stage(ABC):
         """Mistakes in ``config`` that this stage can see without running, one sentence each."""
         return []
 
-    def estimate(self, config: RunConfig, source: Path) -> Estimate:
-        """Cost of running on the dense checkpoint at ``source``. Reads headers and config.json only."""
+    def estimate(self, config: RunConfig, source: Dense) -> Estimate:
+        """Cost of running on the dense checkpoint ``source``. Reads headers and config.json only."""
         return Estimate()
+
+    def resized(self, config: RunConfig, source: Dense) -> Dense:
+        """The dense checkpoint that later stages will find, known by its shape; ``source`` unless this one makes it."""
+        return source
 
     @abstractmethod
     def run(self, context: StageContext) -> dict[str, Any]:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.config import RunConfig
 from dynaconv.errors import CheckpointError
-from dynaconv.pipeline.stage import Estimate, Stage, StageContext
+from dynaconv.pipeline.stage import Dense, Estimate, Stage, StageContext
 from dynaconv.profile.calibration import calibration_batches
 
 
@@ -25,7 +24,7 @@ class ImportanceStage(Stage):
     produces = "importance"
     sections = ("seed", "data", "importance")
 
-    def estimate(self, config: RunConfig, source: Path) -> Estimate:
+    def estimate(self, config: RunConfig, source: Dense) -> Estimate:
         """Peak memory on the CPU, disk, and FLOPs, from the headers of the checkpoint.
 
         Raises:

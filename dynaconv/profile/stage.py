@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynaconv.arch.blocks import block_edges
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.config import RunConfig
 from dynaconv.errors import CheckpointError, DataError
-from dynaconv.pipeline.stage import Estimate, Stage, StageContext
+from dynaconv.pipeline.stage import Dense, Estimate, Stage, StageContext
 from dynaconv.profile.calibration import calibration_batches
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ class ProfileStage(Stage):
     produces = "statistics"
     sections = ("blocks", "seed", "data", "profile")
 
-    def estimate(self, config: RunConfig, source: Path) -> Estimate:
+    def estimate(self, config: RunConfig, source: Dense) -> Estimate:
         """Peak memory on the CPU, disk, and FLOPs, from the headers of the checkpoint.
 
         Raises:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynaconv.artifacts.files import require_space
 from dynaconv.config import FinetuneConfig, RunConfig
-from dynaconv.pipeline.stage import Estimate, Stage, StageContext
+from dynaconv.pipeline.stage import Dense, Estimate, Stage, StageContext
 
 if TYPE_CHECKING:
     from dynaconv.data.windows import Windows
@@ -23,13 +23,13 @@ class FinetuneStage(Stage):
     """Trains weights and routers at sampled budgets; resumes in the middle, exactly."""
 
     name = "finetune"
-    consumes = ("dense", "dynamic")
+    consumes = ("parent", "dynamic")
     produces = "dynamic"
     invalidates = ("dials",)
     sections = ("seed", "data", "finetune")
     unfingerprinted = ("finetune.save_every", "finetune.wandb")
 
-    def estimate(self, config: RunConfig, source: Path) -> Estimate:
+    def estimate(self, config: RunConfig, source: Dense) -> Estimate:
         """Weights, gradients and AdamW's two moments in fp32, and the activations of one micro-batch."""
         from dynaconv.arch.checkpoint import Checkpoint
 
@@ -68,7 +68,7 @@ class FinetuneStage(Stage):
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         engine = TorchEngine(model, tuning, device)
         require_space(context.work, 2 * 12 * sum(p.numel() for p in model.parameters()))
-        parent = frozen_parent(context.inputs["dense"], device) if tuning.teacher == "parent" else None
+        parent = frozen_parent(context.inputs["parent"], device) if tuning.teacher == "parent" else None
         windows = training_windows(context, model.config.vocab_size, model.config.max_position_embeddings)
         trainer = Trainer(engine, tuning, windows, _steps(tuning, config), config.seed, parent)
         start = load_state(context.work, engine)
