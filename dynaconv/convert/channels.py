@@ -9,7 +9,7 @@ d channels of a head, P rotary pairs; d' and P' of the shorter head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,11 @@ from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.convert.rotary import Rotation, kinds, rotations
 from dynaconv.errors import ConfigError
 
-QUERY_KEY = ("q_dim", "k_dim")
 SMALLEST = 1e-30  # frequencies of 0 (channels that never turn) have no logarithm
 
 
 def query_key_channels(
-    checkpoint: Checkpoint, config: Mapping[str, Any], head_dim: int, *, ranked: bool
+    checkpoint: Checkpoint, config: Mapping[str, Any], head_dim: int, say: Sequence[Tensor] | None
 ) -> dict[int, Tensor]:
     """Channels (d',) int64 of queries and keys that stay in each layer, in their order.
 
@@ -32,7 +31,8 @@ def query_key_channels(
         checkpoint: Whose heads are shortened.
         config: Content of ``config.json`` of the result, layers not yet removed.
         head_dim: d'.
-        ranked: Whether channels that no rotary embedding turns are chosen by their say in the scores; else the first.
+        say: For each layer, how much each channel adds to the scores, (d,); by that go channels that no rotary
+            embedding turns. ``None`` keeps the first.
 
     Raises:
         ConfigError: Rotary pairs do not fit into the shorter head, or each has a scaling of its own.
@@ -42,7 +42,7 @@ def query_key_channels(
         return {layer: torch.arange(d) for layer in range(layers)}
     old = _by_layer(checkpoint.config, layers)
     if all(rotation is None for rotation in old):
-        return {layer: _unturned(checkpoint, layer, 0, head_dim, ranked=ranked) for layer in range(layers)}
+        return {layer: _unturned(say[layer] if say is not None else None, 0, head_dim) for layer in range(layers)}
     _check_rotary(checkpoint, config, head_dim, old)
     new = _by_layer(config, layers)
     chosen: dict[int, Tensor] = {}
@@ -51,7 +51,7 @@ def query_key_channels(
         assert after is not None
         pairs = nearest_pairs(before.frequencies, after.frequencies)
         count = 2 * len(before.frequencies)
-        rest = _unturned(checkpoint, layer, count, head_dim - 2 * len(pairs), ranked=ranked)
+        rest = _unturned(say[layer] if say is not None else None, count, head_dim - 2 * len(pairs))
         chosen[layer] = torch.cat([pairs, pairs + count // 2, rest])
     return chosen
 
@@ -79,40 +79,17 @@ def nearest_pairs(old: Tensor, new: Tensor) -> Tensor:
     return chosen
 
 
-def query_key_say(checkpoint: Checkpoint, layer: int) -> Tensor:
-    """How much each channel can add to the scores, from the weights alone: (d,) float32.
-
-    The norm of what makes the channel of all queries, times that of all keys.
-    """
-    sizes = checkpoint.sizes
-    norms = {axis: torch.zeros(sizes[axis]) for axis in QUERY_KEY}
-    for name in checkpoint.names_of_layer(layer):
-        spec = checkpoint.slots[name].spec
-        if spec.contracts is None:
-            continue
-        produced = spec.dimensions[1 - spec.contracts]
-        for axis in norms.keys() & produced.axes:
-            weight = checkpoint.reader.read_finite(name)
-            squares = weight.float().square().sum(spec.contracts)
-            others = {"q_dim", "k_dim", "v_dim"} - {axis}
-            for channel in range(sizes[axis]):
-                at = {axis: torch.tensor([channel]), **dict.fromkeys(others, torch.tensor([], dtype=torch.int64))}
-                norms[axis][channel] += squares[produced.positions(sizes, at.get)].sum()
-    return norms["q_dim"].sqrt() * norms["k_dim"].sqrt()
-
-
 def _by_layer(config: Mapping[str, Any], layers: int) -> list[Rotation | None]:
     """The rotary embedding of each layer."""
     found = rotations(config)
     return [found.get(kind) for kind in kinds(found, config, layers)]
 
 
-def _unturned(checkpoint: Checkpoint, layer: int, start: int, count: int, *, ranked: bool) -> Tensor:
+def _unturned(say: Tensor | None, start: int, count: int) -> Tensor:
     """``count`` of the channels from ``start`` on, which no rotary embedding turns: the weightiest, or the first."""
-    if not ranked or not count:
+    if say is None:
         return torch.arange(start, start + count)
-    say = query_key_say(checkpoint, layer)[start:]
-    return start + say.argsort(descending=True, stable=True)[:count]
+    return start + say[start:].argsort(descending=True, stable=True)[:count]
 
 
 def _check_rotary(checkpoint: Checkpoint, config: Mapping[str, Any], head_dim: int, old: list[Rotation | None]) -> None:

@@ -30,6 +30,8 @@ class Importance:
         neurons: (L, F).
         attention: (L, Q, d), of each channel that goes into the attention's output projection.
         influence: (L,), how much each layer changes what passes it.
+        query_key: (L, d), of each channel of queries and keys; ``None`` where nothing is known of them.
+        measured: Whether this was measured, and not taken for granted to plan with.
         loss: The parent's on the calibration text, nats a token.
         moments: Second moments of the output projections' inputs, ``layers.{l}.<what>``; ``None`` where they were not
             gathered.
@@ -39,6 +41,8 @@ class Importance:
     neurons: Tensor
     attention: Tensor
     influence: Tensor
+    query_key: Tensor | None = None
+    measured: bool = False
     loss: float = float("nan")
     moments: CheckpointReader | None = None
 
@@ -61,13 +65,15 @@ class Importance:
             "residual": reader.read("residual"),
             "neurons": stacked("neuron_importance"),
             "attention": stacked("attention_importance"),
+            "query_key": stacked("query_key_activation"),
             "influence": stacked("influence").clamp_min(0),  # 1 - cosine may round to a little less than 0
         }
         for name, tensor in scores.items():
             if not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()):
                 found = "values that are negative, NaN or infinite"
                 raise ArtifactError(f"importance of {name} is damaged", where=folder / TENSOR_FILE, found=found)
-        return cls(**scores, loss=summary["loss"], moments=reader if summary["second_moments"] else None)
+        moments = reader if summary["second_moments"] else None
+        return cls(**scores, measured=True, loss=summary["loss"], moments=moments)
 
     @property
     def heads(self) -> Tensor:

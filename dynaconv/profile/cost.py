@@ -12,7 +12,7 @@ from dynaconv.config import RunConfig
 from dynaconv.pipeline.stage import Estimate
 from dynaconv.profile.loss_aware import TOKENS as BACKWARD_TOKENS
 from dynaconv.profile.statistics import layout_bytes, tensor_layout
-from dynaconv.profile.streaming import LOGITS_BYTES
+from dynaconv.profile.streaming import HEAD_BYTES, PIECE, READ_BYTES
 
 WORD = 4  # bytes of the float32 that the CPU computes in
 RETAINED = 32 * 1024**2  # bytes; the C library's allocator keeps freed memory of tensors below this for later ones
@@ -30,9 +30,9 @@ def profile_estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
     states = WORD * sizes["residual"] * tokens
     batch = _batch_bytes(checkpoint, config.profile.batch_size * config.data.sequence_length)
     phases = {
-        "embedding": WORD * checkpoint.embedding_parameters + states,
+        "embedding": embedding_bytes(checkpoint, tokens) + states,
         "layer": states + batch + _layer_bytes(checkpoint, curve_tokens),
-        "head": WORD * checkpoint.head_parameters + states + 2 * LOGITS_BYTES + _kept_bytes(config, checkpoint),
+        "head": head_bytes(checkpoint) + states + _kept_bytes(config, checkpoint),
     }
     ffn, attention = checkpoint.ffn_parameters, checkpoint.attention_parameters
     forward = 2.0 * (layers * (ffn + attention) + checkpoint.head_parameters)
@@ -55,15 +55,27 @@ def importance_estimate(config: RunConfig, checkpoint: Checkpoint, disk_bytes: i
     squares = sizes["ffn"] ** 2 + (sizes["q_head"] * sizes["v_dim"]) ** 2 if wanted.second_moments else 0
     layer = WORD * (checkpoint.ffn_parameters + checkpoint.attention_parameters + squares)
     phases = {
-        "embedding": WORD * checkpoint.embedding_parameters + states,
+        "embedding": embedding_bytes(checkpoint, wanted.tokens) + states,
         "layer": states + batch + layer,
-        "head": WORD * checkpoint.head_parameters + states + 2 * LOGITS_BYTES + batch,
+        "head": head_bytes(checkpoint) + states + batch,
     }
     forward = checkpoint.layers * (checkpoint.ffn_parameters + checkpoint.attention_parameters + squares)
     worst = max(phases, key=lambda phase: phases[phase])
     note = f"most memory is needed for the {worst}; hidden states of {wanted.tokens} tokens take {size_text(states)}"
     flops = 2.0 * wanted.tokens * (forward + checkpoint.head_parameters)
     return Estimate(phases[worst], disk_bytes, flops, (note,))
+
+
+def embedding_bytes(checkpoint: Checkpoint, tokens: int) -> int:
+    """The embedding while ``tokens`` pass it: the rows of tokens that can occur, and what is read at once."""
+    rows = min(checkpoint.sizes["vocab"], tokens)
+    return WORD * rows * checkpoint.sizes["residual"] + 3 * READ_BYTES
+
+
+def head_bytes(checkpoint: Checkpoint) -> int:
+    """The head while tokens pass it: two pieces of it, and the logits and states of some tokens, normalised."""
+    rows = min(checkpoint.sizes["vocab"], PIECE)
+    return 2 * WORD * rows * checkpoint.sizes["residual"] + 5 * HEAD_BYTES
 
 
 def _batch_bytes(checkpoint: Checkpoint, tokens: int) -> int:

@@ -13,15 +13,16 @@ M tokens, B batch, T tokens in a window, D residual width, F FFN width, L layers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dynaconv.arch.checkpoint import Checkpoint
+from dynaconv.arch.dimension import Dimension
 from dynaconv.arch.spec import TensorSpec
 from dynaconv.artifacts.files import write_json
 from dynaconv.artifacts.writer import CheckpointWriter, TensorLayout
@@ -35,6 +36,7 @@ SUMMARY_FILE = "importance.json"
 PREFIX = "importance"  # of importance.safetensors
 ONE_FILE = 2**62  # bytes: more than any file
 WEIGHT = ".weight"
+SCORE_AXES = ("q_dim", "k_dim")
 MOMENTS = {"attention": "attention_moments", "ffn": "neuron_moments"}
 
 
@@ -138,6 +140,7 @@ def tensor_layout(checkpoint: Checkpoint, *, second_moments: bool) -> list[Tenso
         "neuron_importance": (sizes["ffn"],),
         "attention_activation": heads,
         "attention_importance": heads,
+        "query_key_activation": (sizes["q_dim"],),
         "influence": (),
         "contribution": (),
     }
@@ -148,57 +151,71 @@ def tensor_layout(checkpoint: Checkpoint, *, second_moments: bool) -> list[Tenso
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """The two projections of a layer that write into the residual stream: their rows of the family's table.
+class Points:
+    """Where a layer is listened to, as rows of the family's table.
 
     Attributes:
-        attention: Contracts all value channels, ``q_head*v_dim``.
-        ffn: Contracts the neurons, ``ffn``.
+        outputs: The projections that write into the residual stream, by part: ``attention`` contracts all value
+            channels, ``ffn`` the neurons.
+        scores: The projections that make queries or keys.
     """
 
-    attention: TensorSpec
-    ffn: TensorSpec
+    outputs: dict[str, TensorSpec]
+    scores: tuple[TensorSpec, ...]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Outputs:
-        """Found by what they contract.
+    def of(cls, checkpoint: Checkpoint) -> Points:
+        """Found by what they contract and produce.
 
         Raises:
-            CheckpointError: The family's table does not hold exactly one of each.
+            CheckpointError: The family's table does not hold exactly one output projection of each part.
         """
-        return cls(_contracting(checkpoint, "attention", "v_dim"), _contracting(checkpoint, "ffn", "ffn"))
+        outputs = {
+            part: _contracting(checkpoint, part, axis) for part, axis in (("attention", "v_dim"), ("ffn", "ffn"))
+        }
+        scores = [spec for spec in checkpoint.family.tensors if spec.contracts is not None]
+        return cls(outputs, tuple(s for s in scores if not produced(s).axes.isdisjoint(SCORE_AXES)))
 
 
-@dataclass
-class Tapped:
-    """What went into the output projections of a layer at its last call, by part: (B, T, width)."""
+class Heard:
+    """What went into the output projections of a layer at its last call, and what made queries and keys.
 
-    inputs: dict[str, Tensor] = field(default_factory=dict)
+    Attributes:
+        inputs: (B, T, width) by part.
+        made: (B, T, rows) by the name of the tensor.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, Tensor] = {}
+        self.made: dict[str, Tensor] = {}
+
+    def clear(self) -> None:
+        """Lets go of the last call's tensors."""
+        self.inputs.clear()
+        self.made.clear()
 
 
-@dataclass
 class _LayerSums:
     """What is gathered of one layer."""
 
-    attention: ActivationMean
-    ffn: ActivationMean
-    influence: Influence
-    moments: dict[str, SecondMoment]
+    def __init__(self, stream: LayerStream, points: Points, *, second_moments: bool) -> None:
+        checkpoint, device = stream.checkpoint, stream.device
+        widths = output_widths(checkpoint)
+        self.inputs = {part: ActivationMean(width, device) for part, width in widths.items()}
+        rows = {spec.name: produced(spec).size(checkpoint.sizes) for spec in points.scores}
+        self.made = {name: ActivationMean(count, device) for name, count in rows.items()}
+        self.influence = Influence(device)
+        self.moments = {part: SecondMoment(width, device) for part, width in widths.items() if second_moments}
 
-    @classmethod
-    def empty(cls, stream: LayerStream, *, second_moments: bool) -> _LayerSums:
-        widths, device = output_widths(stream.checkpoint), stream.device
-        moments = {part: SecondMoment(width, device) for part, width in widths.items()} if second_moments else {}
-        means = {part: ActivationMean(width, device) for part, width in widths.items()}
-        return cls(means["attention"], means["ffn"], Influence(device), moments)
-
-    def add(self, tapped: Tapped, before: Tensor, after: Tensor, real: Tensor | None) -> None:
-        """Gathers a batch: inputs of the output projections, and the residual stream on both sides of the layer."""
-        inputs = {part: tokens_of(tensor, real) for part, tensor in tapped.inputs.items()}
-        self.attention.add(inputs["attention"])
-        self.ffn.add(inputs["ffn"])
-        for part, moment in self.moments.items():
-            moment.add(inputs[part])
+    def add(self, heard: Heard, before: Tensor, after: Tensor, real: Tensor | None) -> None:
+        """Gathers a batch: what was heard, and the residual stream on both sides of the layer."""
+        for part, tensor in heard.inputs.items():
+            rows = tokens_of(tensor, real)
+            self.inputs[part].add(rows)
+            if part in self.moments:
+                self.moments[part].add(rows)
+        for name, tensor in heard.made.items():
+            self.made[name].add(tokens_of(tensor, real))
         self.influence.add(tokens_of(before, real), tokens_of(after, real))
 
 
@@ -232,31 +249,31 @@ def layer_importance(
     Returns:
         Float32, on the CPU. ``neuron_activation`` (F,) mean |h|, ``neuron_importance`` (F,) that times the norm of
         the down column; ``attention_activation`` and ``attention_importance`` (Q, d), the same of what goes into the
-        attention's output projection; ``influence`` () 1 - mean cosine of the layer's input and output;
-        ``contribution`` () mean ||f(x)|| / ||x + f(x)||. With ``second_moments`` also ``neuron_moments`` (F, F) and
-        ``attention_moments`` (Q d, Q d), means over tokens of x x^T.
+        attention's output projection; ``query_key_activation`` (d,) mean |q_c| times mean |k_c|; ``influence`` () 1 -
+        mean cosine of the layer's input and output; ``contribution`` () mean ||f(x)|| / ||x + f(x)||. With
+        ``second_moments`` also ``neuron_moments`` (F, F) and ``attention_moments`` (Q d, Q d), means over tokens of
+        x x^T.
     """
-    checkpoint, outputs = stream.checkpoint, Outputs.of(stream.checkpoint)
-    sums = _LayerSums.empty(stream, second_moments=second_moments)
-    with stream.layer(index) as layer, tap(layer, outputs) as tapped:
+    checkpoint, points = stream.checkpoint, Points.of(stream.checkpoint)
+    sums = _LayerSums(stream, points, second_moments=second_moments)
+    with stream.layer(index) as layer, listen(layer, points) as heard:
         for i, batch in enumerate(batches):
             before, real = hidden[i], _real(batch, stream.device)
             hidden[i] = stream.advance(index, layer, before, batch)
-            sums.add(tapped, before, hidden[i], real)
+            sums.add(heard, before, hidden[i], real)
             residual.add(tokens_of(hidden[i], real))
-            tapped.inputs.clear()  # or they would stand in memory beside the next batch's
+            heard.clear()  # or they would stand in memory beside the next batch's
             finished(batch)
-        columns = {
-            "attention": column_norms(layer, outputs.attention),
-            "ffn": column_norms(layer, outputs.ffn),
-        }
+        columns = {part: column_norms(layer, spec) for part, spec in points.outputs.items()}
     heads = checkpoint.sizes["q_head"], checkpoint.sizes["v_dim"]
-    attention, neurons = sums.attention.mean(), sums.ffn.mean()
+    means = {part: gathered.mean() for part, gathered in sums.inputs.items()}
+    made = {name: gathered.mean().cpu() for name, gathered in sums.made.items()}
     measured = {
-        "neuron_activation": neurons,
-        "neuron_importance": neurons * columns["ffn"],
-        "attention_activation": attention.view(heads),
-        "attention_importance": (attention * columns["attention"]).view(heads),
+        "neuron_activation": means["ffn"],
+        "neuron_importance": means["ffn"] * columns["ffn"],
+        "attention_activation": means["attention"].view(heads),
+        "attention_importance": (means["attention"] * columns["attention"]).view(heads),
+        "query_key_activation": query_key_activation(checkpoint, points, made),
         "influence": sums.influence.block_influence(),
         "contribution": sums.influence.contribution(),
     }
@@ -265,23 +282,44 @@ def layer_importance(
     return {name: tensor.cpu() for name, tensor in measured.items()}
 
 
-@contextmanager
-def tap(layer: nn.Module, outputs: Outputs) -> Iterator[Tapped]:
-    """Notes what goes into the output projections of ``layer``, for the duration of the block."""
-    tapped = Tapped()
+def query_key_activation(checkpoint: Checkpoint, points: Points, made: Mapping[str, Tensor]) -> Tensor:
+    """Mean |activation| of each channel of the queries, times that of the keys, heads added up: (d,) float32."""
+    sizes = checkpoint.sizes
+    totals = {axis: torch.zeros(sizes[axis]) for axis in SCORE_AXES}
+    for spec in points.scores:
+        for axis in produced(spec).axes & totals.keys():
+            none = dict.fromkeys({*SCORE_AXES, "v_dim"} - {axis}, torch.tensor([], dtype=torch.int64))
+            rows = produced(spec).positions(sizes, none.get)  # of this axis only, its channels fastest
+            totals[axis] += made[spec.name][rows].view(-1, sizes[axis]).sum(0)
+    return totals["q_dim"] * totals["k_dim"]
 
-    def note(part: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, args: tapped.inputs.__setitem__(part, args[0])
+
+@contextmanager
+def listen(layer: nn.Module, points: Points) -> Iterator[Heard]:
+    """Notes what passes the ``points`` of ``layer``, for the duration of the block."""
+    heard = Heard()
+
+    def note_input(part: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, args: heard.inputs.__setitem__(part, args[0])
+
+    def note_output(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda _, args, output: heard.made.__setitem__(name, output)
 
     hooks = [
-        module_of(layer, spec).register_forward_pre_hook(note(part))
-        for part, spec in (("attention", outputs.attention), ("ffn", outputs.ffn))
+        *(module_of(layer, spec).register_forward_pre_hook(note_input(p)) for p, spec in points.outputs.items()),
+        *(module_of(layer, spec).register_forward_hook(note_output(spec.name)) for spec in points.scores),
     ]
     try:
-        yield tapped
+        yield heard
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def produced(spec: TensorSpec) -> Dimension:
+    """The dimension of a weight matrix along which its outputs are."""
+    assert spec.contracts is not None
+    return spec.dimensions[1 - spec.contracts]
 
 
 def module_of(layer: nn.Module, spec: TensorSpec) -> nn.Module:
