@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.config import HypercloneConfig
-from dynaconv.errors import ConfigError, DynaconvError
+from dynaconv.errors import CheckpointError, ConfigError, DynaconvError
 
 WHOLE = {
     "residual": "norms keep their statistics only if every channel comes equally often",
@@ -164,6 +165,60 @@ def _stream_of_heads(checkpoint: Checkpoint, grown: Growth) -> ConfigError | Non
         f"in {checkpoint.family.model_type} the heads make up the residual stream, so heads x head_dim must grow as it "
         f"does, and not {grown.heads} x {grown.head_dim} beside {grown.residual}; try {choices}"
     )
+
+
+def grown_config(checkpoint: Checkpoint, grown: Growth, layers: Sequence[int]) -> dict[str, Any]:
+    """Content of the result's ``config.json``.
+
+    Args:
+        checkpoint: The source.
+        grown: What it becomes.
+        layers: Old decoder layer of every new one.
+
+    Raises:
+        ConfigError: transformers accepts no config of these sizes; names the nearest that it does.
+    """
+    config = _config(checkpoint, grown, layers)
+    if isinstance(config, dict):
+        return config
+    near = sorted(_others(checkpoint, grown), key=lambda other: _distance(other, grown))
+    fitting = [other for other in near if isinstance(_config(checkpoint, other, layers), dict)]
+    raise ConfigError(
+        f"no {checkpoint.family.model_type} model has these sizes: {config}",
+        where="hyperclone",
+        hint=" or ".join(f"residual={other.residual} heads={other.heads}" for other in fitting[:3]) or None,
+    )
+
+
+def _config(checkpoint: Checkpoint, grown: Growth, layers: Sequence[int]) -> dict[str, Any] | str:
+    """Content of the result's ``config.json``, or why there is none."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        config = checkpoint.family.resized(checkpoint.config, grown.sizes(checkpoint.sizes), layers)
+        AutoConfig.for_model(**config)
+    except CheckpointError as error:
+        return error.what
+    except (StrictDataclassError, ValueError) as error:
+        return str(error.__cause__ or error)
+    return config
+
+
+def _others(checkpoint: Checkpoint, grown: Growth) -> Iterator[Growth]:
+    """The same with other factors of the residual stream and of the heads."""
+    sizes = checkpoint.sizes
+    group = sizes["q_head"] // sizes.get("kv_head", sizes["q_head"])
+    for residual in range(1, grown.residual + 3):
+        for heads in range(1, grown.heads + 3):
+            kv_heads = heads if grown.kv_heads == grown.heads else grown.kv_heads
+            if shares_evenly(group, heads, kv_heads):
+                yield replace(grown, residual=residual, heads=heads, kv_heads=kv_heads)
+
+
+def _distance(other: Growth, wanted: Growth) -> tuple[int, int]:
+    """Sorts what is near ``wanted`` first, the larger of two before the smaller."""
+    return abs(other.residual - wanted.residual) + abs(other.heads - wanted.heads), -other.residual * other.heads
 
 
 def head_copies(heads: int, kv_heads: int, grow: int, grow_kv: int) -> tuple[Tensor, Tensor]:

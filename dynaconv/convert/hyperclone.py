@@ -21,7 +21,7 @@ from dynaconv.arch.spec import TensorSpec
 from dynaconv.arch.surgery import Piece, Take
 from dynaconv.config import HypercloneConfig
 from dynaconv.convert import rotary
-from dynaconv.convert.growth import Growth, growth_of, head_copies, spread
+from dynaconv.convert.growth import Growth, grown_config, growth_of, head_copies, spread
 from dynaconv.convert.noise import Copies, Pairs, add_noise, separate
 from dynaconv.convert.resize import Resize
 from dynaconv.errors import ConfigError
@@ -45,10 +45,9 @@ def plan_hyperclone(checkpoint: Checkpoint, wanted: HypercloneConfig, seed: int)
         ConfigError: What is wanted cannot be exact; says why, and what can be.
     """
     growth = growth_of(checkpoint, wanted)
-    family, old = checkpoint.family, checkpoint.sizes
-    sizes = growth.sizes(old)
+    sizes = growth.sizes(checkpoint.sizes)
     layers = spread(checkpoint.layers, growth.layers).tolist()
-    config = family.resized(checkpoint.config, sizes, layers)
+    config = grown_config(checkpoint, growth, layers)
     channels = _channels(checkpoint, growth, config, layers)
     finish = Finishing(
         checkpoint=checkpoint,
