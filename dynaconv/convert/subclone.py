@@ -16,17 +16,22 @@ D residual width, F FFN width, L layers, Q query heads, K kv heads, d head width
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
 from dynaconv.arch.checkpoint import Checkpoint
-from dynaconv.arch.surgery import Finish, Piece, Take
+from dynaconv.arch.spec import Slot
+from dynaconv.arch.surgery import Finish, Piece, Rewrite, Take
 from dynaconv.config import SubcloneConfig
+from dynaconv.convert.head_difference import head_difference
 from dynaconv.convert.importance import Importance
+from dynaconv.convert.refit import refit
 from dynaconv.convert.resize import Resize
 from dynaconv.convert.selection import Kept, choose, kept_importance
+from dynaconv.convert.shapes import Candidate, find_shapes
 from dynaconv.convert.target import Shape, alignment_warnings, grouped, target_shape
 
 
@@ -45,34 +50,54 @@ def plan_subclone(
         ConfigError: No model of this family has the shape that was asked for, or it is larger than the parent.
         ArtifactError: A refit is asked for and the importance holds no second moments.
     """
-    shape = target_shape(checkpoint, wanted) if shape is None else shape
-    source = Shape.of(checkpoint)
-    sizes = shape.sizes(checkpoint.sizes)
-    kept = choose(checkpoint, importance, shape, ranked=wanted.order == "importance")
-    config = checkpoint.family.resized(checkpoint.config, sizes, kept.layers)
+    found = _candidates(checkpoint, importance, wanted) if shape is None else []
+    if shape is None:
+        shape = found[0].shape if found else target_shape(checkpoint, wanted)
+    source, ranked = Shape.of(checkpoint), wanted.order == "importance"
+    kept = choose(checkpoint, importance, shape, ranked=ranked)
+    rewrites = []
+    if wanted.head_difference:
+        rewrites.append(head_difference(checkpoint, importance.heads, source, shape, ranked=ranked))
+    if wanted.refit:
+        rewrites.append(refit(checkpoint, importance, kept, wanted.refit_ridge))
     return Resize(
-        config=config,
-        takes=_takes(checkpoint, kept, source, shape, rescale=wanted.rescale),
+        config=checkpoint.family.resized(checkpoint.config, shape.sizes(checkpoint.sizes), kept.layers),
+        takes=_takes(checkpoint, kept, source, shape, wanted),
         layers=kept.layers,
+        rewrite=_one_of(rewrites) if rewrites else None,
         finish=_finish(checkpoint, source, shape) if wanted.rescale else None,
-        summary=_summary(source, shape, kept, importance, wanted),
-        warnings=tuple(alignment_warnings(source, shape)),
+        summary=_summary(source, shape, kept, importance, wanted, found),
+        warnings=tuple(_warnings(source, shape, wanted)),
     )
 
 
-def _takes(checkpoint: Checkpoint, kept: Kept, source: Shape, shape: Shape, *, rescale: bool) -> list[Take]:
+def _candidates(checkpoint: Checkpoint, importance: Importance, wanted: SubcloneConfig) -> list[Candidate]:
+    """Shapes of so many parameters, best first, where parameters are what is asked for."""
+    if wanted.params is None:
+        return []
+    return find_shapes(checkpoint.family, checkpoint.config, importance, wanted.params)
+
+
+def _one_of(rewrites: Sequence[Callable[[Slot], Rewrite | None]]) -> Callable[[Slot], Rewrite | None]:
+    """The first of ``rewrites`` that has something to do to a tensor; no two have."""
+    return lambda slot: next((found for rewrite in rewrites if (found := rewrite(slot)) is not None), None)
+
+
+def _takes(checkpoint: Checkpoint, kept: Kept, source: Shape, shape: Shape, wanted: SubcloneConfig) -> list[Take]:
     """The edits: positions that stay along each axis, with the factor of what is contracted along it."""
 
-    def gain(old: int, new: int) -> float:
-        return math.sqrt(old / new) if rescale else 1.0
+    def gain(old: int, new: int, *, fitted: bool = False) -> float:
+        return math.sqrt(old / new) if wanted.rescale and not fitted else 1.0
+
+    queries = _query_factors(checkpoint, kept, source, shape, rescale=wanted.rescale)
 
     takes = [
         Take("residual", kept.residual, contracted=gain(source.residual, shape.residual)),
-        Take("ffn", kept.ffn, contracted=gain(source.ffn, shape.ffn)),
-        Take("q_head", kept.heads, contracted=gain(source.heads, shape.heads)),
-        Take("q_dim", kept.query_key, produced=_query_factors(checkpoint, kept, source, shape, rescale=rescale)),
+        Take("ffn", kept.ffn, contracted=gain(source.ffn, shape.ffn, fitted=wanted.refit)),
+        Take("q_head", kept.heads, contracted=gain(source.heads, shape.heads, fitted=wanted.refit)),
+        Take("q_dim", kept.query_key, produced=queries),
         Take("k_dim", kept.query_key),
-        Take("v_dim", kept.value, contracted=gain(source.head_dim, shape.head_dim)),
+        Take("v_dim", kept.value, contracted=gain(source.head_dim, shape.head_dim, fitted=wanted.refit)),
     ]
     if grouped(checkpoint):
         takes.append(Take("kv_head", kept.kv_heads))
@@ -118,16 +143,31 @@ def _finish(checkpoint: Checkpoint, source: Shape, shape: Shape) -> Finish | Non
     return scaled
 
 
-def _summary(source: Shape, shape: Shape, kept: Kept, importance: Importance, wanted: SubcloneConfig) -> dict[str, Any]:
+def _summary(
+    source: Shape,
+    shape: Shape,
+    kept: Kept,
+    importance: Importance,
+    wanted: SubcloneConfig,
+    candidates: Sequence[Candidate],
+) -> dict[str, Any]:
     """What the manifest and the model card say."""
+    options = {name: getattr(wanted, name) for name in ("order", "rescale", "head_difference", "refit")}
     return {
         "source": asdict(source),
         "target": asdict(shape),
         "kept_importance": kept_importance(kept, importance),
         "removed_layers": sorted(set(range(source.layers)) - set(kept.layers)),
-        "parent_loss": importance.loss,
-        "order": wanted.order,
-        "rescale": wanted.rescale,
-        "head_difference": wanted.head_difference,
-        "refit": wanted.refit,
+        "parent_loss": importance.loss if importance.measured else None,
+        **options,
+        **({"refit_ridge": wanted.refit_ridge} if wanted.refit else {}),
+        **({"candidates": [asdict(each) for each in candidates]} if candidates else {}),
     }
+
+
+def _warnings(source: Shape, shape: Shape, wanted: SubcloneConfig) -> list[str]:
+    """What the user should know."""
+    found = alignment_warnings(source, shape)
+    if wanted.head_difference and source.group > 1 and shape.group == source.group:
+        found.append("head_difference changes nothing: kv groups go or stay whole, and it acts within groups")
+    return found
