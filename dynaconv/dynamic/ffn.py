@@ -61,7 +61,7 @@ class DynamicFFN(nn.Module):
             projection(owner, self.names.up).network = self
             for mixin, name in ((Opening, self.names.up), (Passing, self.names.down)):
                 module: nn.Module = projection(owner, name)
-                module.__class__ = inline_class(mixin, type(module))
+                module.__class__ = inline_class(mixin, type(module))  # type: ignore[arg-type]
             return
         for name in dict.fromkeys((self.names.gate, self.names.up, self.names.down)):
             self.add_module(name, projection(owner, name))

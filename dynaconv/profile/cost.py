@@ -67,15 +67,15 @@ def importance_estimate(config: RunConfig, checkpoint: Checkpoint, disk_bytes: i
 
 
 def embedding_bytes(checkpoint: Checkpoint, tokens: int) -> int:
-    """The embedding while ``tokens`` pass it: the rows of tokens that can occur, and what is read at once."""
+    """The embedding while ``tokens`` pass it: the rows of those that can occur, and what is read and made at once."""
     rows = min(checkpoint.sizes["vocab"], tokens)
-    return WORD * rows * checkpoint.sizes["residual"] + 3 * READ_BYTES
+    return WORD * rows * checkpoint.sizes["residual"] + 8 * READ_BYTES
 
 
 def head_bytes(checkpoint: Checkpoint) -> int:
-    """The head while tokens pass it: two pieces of it, and the logits and states of some tokens, normalised."""
+    """The head while tokens pass it: a piece of it being replaced, and logits and states of the tokens at once."""
     rows = min(checkpoint.sizes["vocab"], PIECE)
-    return 2 * WORD * rows * checkpoint.sizes["residual"] + 5 * HEAD_BYTES
+    return 2 * WORD * rows * checkpoint.sizes["residual"] + 7 * HEAD_BYTES
 
 
 def _batch_bytes(checkpoint: Checkpoint, tokens: int) -> int:

@@ -2,6 +2,7 @@
 
 To first order an error e in an FFN's output y costs e . dLoss/dy, at most ||e|| ||dLoss/dy|| = r ||y|| ||dLoss/dy||.
 So a token's difficulty curve r_n is weighted with g = ||dLoss/dy|| ||y||, normalised to mean 1 over tokens and layers.
+Here y is the output of the down projection, before a norm where the family has one there.
 
 B batch, T tokens, D residual width, L layers.
 """
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from dynaconv.arch.checkpoint import Checkpoint
+from dynaconv.arch.stock import stock_names
 from dynaconv.data.windows import Batch
 from dynaconv.profile.measure import Sample
-from dynaconv.profile.skeleton import load, skeleton
+from dynaconv.profile.skeleton import skeleton
 from dynaconv.profile.streaming import LayerStream, predicting
 
 TOKENS = 1024  # tokens in one backward pass: its activations are kept for all layers
@@ -73,7 +75,8 @@ def felt_by_loss(model: Any, checkpoint: Checkpoint, batch: Batch) -> Tensor:
     sizes = []
     for down, output, gradient in zip(downs, outputs, gradients, strict=True):
         own = output.detach() if down.bias is None else output.detach() - down.bias
-        sizes.append(own.float().norm(dim=-1) * gradient.float().norm(dim=-1))
+        size = own.float().norm(dim=-1) * gradient.float().norm(dim=-1)
+        sizes.append(size.view(batch.input_ids.shape))  # OPT flattens its tokens
     return torch.stack(sizes)
 
 
@@ -86,7 +89,9 @@ def whole_model(
         CheckpointError: A weight is NaN or infinite; the message names the tensor.
     """
     model = skeleton(checkpoint, dtype, device, trust_remote_code=trust_remote_code)
-    load(model, checkpoint, checkpoint.slots, "", dtype, device, strict=not checkpoint.tied)
+    names = stock_names(checkpoint, model)
+    state = {names[name]: checkpoint.reader.read_finite(name).to(device, dtype) for name in names}
+    model.load_state_dict(state, strict=not checkpoint.tied, assign=True)
     model.tie_weights()
     return model
 

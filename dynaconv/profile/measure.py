@@ -4,6 +4,9 @@ Pass A runs the layer over all batches and gathers mean |activation|; that fixes
 recomputes only the FFN, neurons in that order, from its kept inputs on a share of the tokens, and gathers difficulty
 curves and what a closed-form router needs.
 
+Errors are relative to the output of the down projection without its bias. In families that normalise the FFN's output
+before adding it (Gemma 2 and 3, OLMo 2) that is before the norm.
+
 M tokens, B batch, T tokens in a window, D residual width, F FFN width, N blocks.
 """
 
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 from dynaconv.arch.spec import FFNSpec
 from dynaconv.data.windows import Batch
 from dynaconv.dynamic.curves import log_errors, relative_errors
+from dynaconv.dynamic.projections import ffn_weights
 from dynaconv.kernels.reference import hidden_neurons
 from dynaconv.kernels.weights import FFNWeights
 from dynaconv.profile.accumulators import ActivationMean, CurveStatistics, RidgeStatistics
@@ -70,8 +74,8 @@ class Tap:
     """What went into an FFN and into its down projection at the last call.
 
     Attributes:
-        x: (B, T, D), the FFN's input.
-        hidden: (B, T, F), activations of the neurons.
+        x: The FFN's input (M, D), the tokens of the batch in order.
+        hidden: Activations of the neurons (M, F).
     """
 
     x: Tensor
@@ -79,12 +83,14 @@ class Tap:
 
     @classmethod
     @contextmanager
-    def on(cls, ffn: nn.Module, spec: FFNSpec) -> Iterator[Tap]:
-        """Taps ``ffn`` for the duration of the block."""
+    def on(cls, owner: nn.Module, spec: FFNSpec) -> Iterator[Tap]:
+        """Taps the FFN whose projections lie in ``owner``, for the duration of the block."""
         tap = cls()
         hooks = [
-            ffn.register_forward_pre_hook(lambda _, args: setattr(tap, "x", args[0])),
-            ffn.get_submodule(spec.down).register_forward_pre_hook(lambda _, args: setattr(tap, "hidden", args[0])),
+            owner.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, seen=seen: setattr(tap, seen, args[0].reshape(-1, args[0].shape[-1]))
+            )
+            for name, seen in ((spec.up, "x"), (spec.down, "hidden"))
         ]
         try:
             yield tap
@@ -125,9 +131,10 @@ def measure_layer(
         ffn = stream.ffn(layer)
         activation, kept = _run(stream, index, layer, hidden, sample, finished)
         mean = activation.mean()
-        importance = mean * torch.linalg.vector_norm(_projection(ffn, spec.down).weight, dim=0, dtype=torch.float32)
+        stock = ffn_weights(ffn, spec.gate, spec.up, spec.down, stream.activation)
+        importance = mean * torch.linalg.vector_norm(stock.down, dim=0, dtype=torch.float32)
         ranked = ranking(importance, order)
-        ordered = ordered_weights(ffn, spec, ranked, stream.activation)
+        ordered = ordered_weights(stock, ranked)
         curves, ridge = measure_curves(kept, ordered, edges, weights)
     measured = {
         "activation": mean,
@@ -173,24 +180,16 @@ def ranking(importance: Tensor, order: str) -> Tensor:
     return importance.argsort(descending=True, stable=True)
 
 
-def ordered_weights(ffn: nn.Module, spec: FFNSpec, order: Tensor, activation: Callable[[Tensor], Tensor]) -> FFNWeights:
-    """The projections of a stock FFN with their neurons in ``order``."""
-    gate = _projection(ffn, spec.gate) if spec.gate is not None else None
-    up, down = _projection(ffn, spec.up), _projection(ffn, spec.down)
+def ordered_weights(stock: FFNWeights, order: Tensor) -> FFNWeights:
+    """A copy of ``stock`` with its neurons in ``order`` and without the down bias."""
     return FFNWeights(
-        gate=None if gate is None else gate.weight[order],
-        up=up.weight[order],
-        down=down.weight[:, order],
-        activation=activation,
-        gate_bias=None if gate is None or gate.bias is None else gate.bias[order],
-        up_bias=None if up.bias is None else up.bias[order],
+        gate=None if stock.gate is None else stock.gate[order],
+        up=stock.up[order],
+        down=stock.down[:, order],
+        activation=stock.activation,
+        gate_bias=None if stock.gate_bias is None else stock.gate_bias[order],
+        up_bias=None if stock.up_bias is None else stock.up_bias[order],
     )
-
-
-def _projection(ffn: nn.Module, name: str) -> nn.Linear:
-    module = ffn.get_submodule(name)
-    assert isinstance(module, nn.Linear)
-    return module
 
 
 def _run(
@@ -208,9 +207,9 @@ def _run(
             hidden[i] = stream.advance(index, layer, hidden[i], batch)
             activation = activation or ActivationMean(tap.hidden.shape[-1], stream.device)
             real = batch.attention_mask
-            activation.add(tap.hidden.flatten(0, 1) if real is None else tap.hidden[real.to(stream.device)])
+            activation.add(tap.hidden if real is None else tap.hidden[real.flatten().to(stream.device)])
             if bool(mask.any()):
-                kept.append(tap.x[mask.to(stream.device)])
+                kept.append(tap.x[mask.flatten().to(stream.device)])
             del tap.x, tap.hidden  # or they would stand in memory beside the next batch's
             finished(batch)
     assert activation is not None

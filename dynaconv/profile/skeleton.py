@@ -6,7 +6,7 @@ frequencies) is made for real at once: such buffers are in no shard.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,10 +42,18 @@ def skeleton(
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         found = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         raise CheckpointError("transformers cannot build this model", where=checkpoint.folder, found=found) from error
-    for name, module in list(model.named_modules()):
+    for module in model.modules():
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            model.set_submodule(name, type(module)(config).to(device))
+            _compute_buffers(model, module, device)
     return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _compute_buffers(model: Any, module: nn.Module, device: torch.device) -> None:
+    """Gives ``module`` of ``model`` the buffers that no checkpoint stores, as transformers does when it loads one."""
+    for name, buffer in module.named_buffers(recurse=False):
+        setattr(module, name, torch.empty_like(buffer, device=device))
+    model._init_weights(module)  # its parameters are on the meta device, where nothing happens
 
 
 def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -69,19 +77,28 @@ def load(
     prefix: str,
     dtype: torch.dtype,
     device: torch.device,
-    *,
-    strict: bool = True,
 ) -> None:
-    """Gives ``module`` the tensors called ``names``, which is ``prefix``, a dot, and the module's own names for them.
-
-    All of its tensors, unless not ``strict``.
+    """Gives ``module`` all its tensors: ``names`` are ``prefix``, a dot, and the module's own names for them.
 
     Raises:
         CheckpointError: A tensor holds NaN or infinity (the tensor is named), or its file changed.
     """
     read = checkpoint.reader.read_finite
     state = {name.removeprefix(f"{prefix}."): read(name).to(device, dtype) for name in names}
-    module.load_state_dict(state, strict=strict, assign=True)
+    module.load_state_dict(state, assign=True)
+
+
+@contextmanager
+def borrowing(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """``module`` computes with ``tensors`` in place of its parameters of these names, for the duration of the block."""
+    kept = {name: module.get_parameter(name) for name in tensors}
+    for name, tensor in tensors.items():
+        setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+    try:
+        yield
+    finally:
+        for name, parameter in kept.items():
+            setattr(module, name, parameter)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_families import FAMILIES
 from transformers import AutoModelForCausalLM
 
 from dynaconv.arch.checkpoint import Checkpoint
@@ -15,32 +16,35 @@ from dynaconv.profile.streaming import LayerStream
 CPU = torch.device("cpu")
 
 
-class Nudged(torch.nn.Module):
-    """An FFN plus a zero that a gradient can be taken of: dLoss/dzero is dLoss/dy."""
+def nudged(down: torch.nn.Module, width: int, seen: dict[str, torch.Tensor]) -> None:
+    """Adds a zero to what ``down`` gives, that a gradient can be taken of: dLoss/dzero is dLoss/dy."""
 
-    def __init__(self, ffn: torch.nn.Module, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.ffn, self.zero = ffn, torch.zeros(shape, requires_grad=True)
+    def add(module: torch.nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        own = output if module.bias is None else output - module.bias
+        seen["size"] = own.detach().norm(dim=-1)
+        seen["zero"] = torch.zeros(*output.shape[:-1], width, requires_grad=True)
+        return output + seen["zero"]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = self.ffn.down_proj.bias
-        output = self.ffn(x)
-        self.size = (output if bias is None else output - bias).detach().norm(dim=-1)
-        return output + self.zero
+    down.register_forward_hook(add)
 
 
 def by_hand(folder, batch: Batch) -> torch.Tensor:
     """(L, B, T), the summed loss of each window on its own."""
     stock = AutoModelForCausalLM.from_pretrained(folder).eval()
-    for layer in stock.model.layers:
-        layer.mlp = Nudged(layer.mlp, (*batch.input_ids.shape, stock.config.hidden_size))
+    spec, shape = Checkpoint.open(folder).family.ffn, batch.input_ids.shape
+    seen: list[dict[str, torch.Tensor]] = [{} for _ in range(stock.config.num_hidden_layers)]
+    for i, layer in enumerate(seen):
+        nudged(stock.get_submodule(f"{spec.path.format(layer=i)}.{spec.down}"), stock.config.hidden_size, layer)
     output = stock(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
     count = (batch.labels[:, 1:] != -100).sum()
     (output.loss * count).backward()
-    return torch.stack([layer.mlp.zero.grad.norm(dim=-1) * layer.mlp.size for layer in stock.model.layers])
+    return torch.stack([(layer["zero"].grad.norm(dim=-1) * layer["size"]).view(shape) for layer in seen])
 
 
-@pytest.mark.parametrize(("family", "settings"), [("llama", {"mlp_bias": True}), ("qwen2", {"tied": True})])
+VARIANTS = [*((family, {}) for family in FAMILIES), ("llama", {"mlp_bias": True}), ("qwen2", {"tied": True})]
+
+
+@pytest.mark.parametrize(("family", "settings"), VARIANTS)
 @pytest.mark.parametrize("tokens", [1024, 30])
 def test_weights_equal_autograd_by_hand(family, settings, tokens, tiny_checkpoint, monkeypatch) -> None:
     monkeypatch.setattr(loss_aware, "TOKENS", tokens)
@@ -62,7 +66,8 @@ def test_weights_equal_autograd_by_hand(family, settings, tokens, tiny_checkpoin
     assert sum(seen) == sample.curve_tokens
 
 
-@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("qwen3", True)])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_whole_model_is_the_stock_model(family: str, tied: bool, tiny_checkpoint) -> None:
     folder = tiny_checkpoint(family, tied=tied)
     model = whole_model(Checkpoint.open(folder), torch.float32, CPU)

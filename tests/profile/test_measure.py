@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+from tiny_families import FAMILIES
 from transformers import AutoModelForCausalLM
 
 from dynaconv.arch.blocks import block_edges
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.data.windows import Batch
 from dynaconv.dynamic.curves import log_errors, relative_errors
+from dynaconv.profile.accumulators import LOWEST
 from dynaconv.profile.measure import Sample, Tap, measure_layer, ranking
 from dynaconv.profile.streaming import LayerStream
 
@@ -31,15 +33,27 @@ def measured(folder, sample: Sample, order: str = "importance", weights=None) ->
 def by_hooks(folder, text: list[Batch]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """FFN inputs and activations of real tokens of the stock model, layer by layer."""
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    seen: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in stock.model.layers]
-    spec = Checkpoint.open(folder).family.ffn
+    checkpoint = Checkpoint.open(folder)
+    spec = checkpoint.family.ffn
+    seen: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(checkpoint.layers)]
     for batch in text:
         real = torch.ones_like(batch.input_ids).bool() if batch.attention_mask is None else batch.attention_mask
-        for i, layer in enumerate(stock.model.layers):
-            with Tap.on(layer.mlp, spec) as tap, torch.no_grad():
+        real = real.flatten()
+        for i, parts in enumerate(seen):
+            with Tap.on(stock.get_submodule(spec.path.format(layer=i)), spec) as tap, torch.no_grad():
                 stock(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-            seen[i].append((tap.x[real], tap.hidden[real]))
+            parts.append((tap.x[real], tap.hidden[real]))
     return [tuple(torch.cat(parts) for parts in zip(*layer, strict=True)) for layer in seen]
+
+
+def down_weights(folder) -> list[torch.Tensor]:
+    """The down projection (D, F) of every layer, as the layer computes: outputs of unit vectors."""
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    checkpoint = Checkpoint.open(folder)
+    spec, neurons = checkpoint.family.ffn, checkpoint.sizes["ffn"]
+    downs = [stock.get_submodule(f"{spec.path.format(layer=i)}.{spec.down}") for i in range(checkpoint.layers)]
+    with torch.no_grad():
+        return [(down(torch.eye(neurons)) - down(torch.zeros(1, neurons))).T for down in downs]
 
 
 def documents() -> list[torch.Tensor]:
@@ -54,30 +68,30 @@ def padded(rows: list[torch.Tensor], length: int = 24) -> Batch:
     return Batch(ids, torch.arange(length) < torch.tensor([len(d) for d in rows])[:, None])
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_statistics_equal_what_hooks_on_the_stock_model_see(family: str, tiny_checkpoint) -> None:
     folder = tiny_checkpoint(family)
     text = [padded(documents()[:4]), padded(documents()[4:])]
     sample = Sample.of(text, 1.0)
     predicts = torch.cat([mask[batch.attention_mask] for mask, batch in zip(sample.curve_masks, text, strict=True)])
-    downs = AutoModelForCausalLM.from_pretrained(folder).model.layers
-    for found, (x, h), layer in zip(measured(folder, sample), by_hooks(folder, text), downs, strict=True):
-        down = layer.mlp.down_proj.weight.detach()
+    for found, (x, h), down in zip(measured(folder, sample), by_hooks(folder, text), down_weights(folder), strict=True):
         torch.testing.assert_close(found["activation"], h.abs().mean(0))
-        torch.testing.assert_close(found["importance"], h.abs().mean(0) * down.norm(dim=0))
+        torch.testing.assert_close(found["importance"], h.abs().mean(0) * down.norm(dim=0), rtol=1e-5, atol=1e-6)
         assert torch.equal(found["order"], found["importance"].argsort(descending=True, stable=True))
         x, h = x[predicts], h[predicts]
         errors = relative_errors(h, down, EDGES, found["order"])
         features = torch.cat([x, torch.ones(len(x), 1)], 1)
-        torch.testing.assert_close(found["curve_mean"], errors.mean(0))
+        torch.testing.assert_close(found["curve_mean"], errors.mean(0), rtol=1e-5, atol=1e-6)
         close = {"rtol": 1e-4, "atol": 1e-3}
         torch.testing.assert_close(found["feature_gram"], features.T @ features, **close)
         torch.testing.assert_close(found["feature_target"], features.T @ log_errors(errors), **close)
         ranks = [math.ceil(share * len(errors)) - 1 for share in (0.1, 0.5, 0.9)]
-        torch.testing.assert_close(found["curve_quantiles"], errors.sort(0).values[ranks], rtol=0.007, atol=0)
+        quantiles = errors.sort(0).values[ranks]
+        quantiles[:, 1:-1].clamp_(min=LOWEST)  # smaller ones, such as the 0 of a dead ReLU, are counted there
+        torch.testing.assert_close(found["curve_quantiles"], quantiles, rtol=0.007, atol=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_padding_never_counts(family: str, tiny_checkpoint) -> None:
     folder = tiny_checkpoint(family)
     together = Sample.of([padded(documents(), 40)], 1.0)

@@ -4,20 +4,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_families import FAMILIES
 from transformers import AutoModelForCausalLM
 
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.data.windows import Batch
 from dynaconv.errors import CheckpointError
+from dynaconv.profile import streaming
 from dynaconv.profile.streaming import LayerStream, predicting
 
 CPU = torch.device("cpu")
-SHAPES = {
-    "llama": {"attention_bias": True, "mlp_bias": True},
-    "mistral": {"sliding_window": 7},
-    "qwen2": {"tied": True, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
-    "qwen3": {"head_dim": 24, "kv_heads": 1},
-}
+VARIANTS = [
+    *((family, {"tied": tied}) for family in FAMILIES for tied in (False, True)),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("mistral", {"sliding_window": 7}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    ("qwen3", {"head_dim": 24, "kv_heads": 1}),
+]
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -41,15 +44,25 @@ def streamed(stream: LayerStream, text: list[Batch]) -> list[list[torch.Tensor]]
     return states
 
 
-@pytest.mark.parametrize("family", SHAPES)
-def test_streaming_equals_the_stock_model(family: str, tiny_checkpoint) -> None:
-    folder = tiny_checkpoint(family, layers=3, **SHAPES[family])
+def logits_of(stream: LayerStream, hidden: torch.Tensor) -> torch.Tensor:
+    """All pieces side by side."""
+    starts, pieces = zip(*stream.logits_pieces(hidden), strict=True)
+    assert list(starts) == list(range(0, stream.checkpoint.sizes["vocab"], streaming.PIECE))
+    return torch.cat(pieces, dim=1)
+
+
+@pytest.mark.parametrize(("family", "settings"), VARIANTS, ids=lambda value: str(value).strip("{}").replace("'", ""))
+def test_streaming_equals_the_stock_model(family: str, settings, tiny_checkpoint, monkeypatch) -> None:
+    monkeypatch.setattr(streaming, "PIECE", 100)  # three pieces of the vocabulary, the last one smaller
+    monkeypatch.setattr(streaming, "HEAD_BYTES", 4 * 100 * 7)  # seven tokens at a time
+    monkeypatch.setattr(streaming, "READ_BYTES", 4 * 64 * 20)  # twenty rows of the embedding
+    folder = tiny_checkpoint(family, layers=3, **settings)
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     text = batches()
     stream = LayerStream(Checkpoint.open(folder), CPU)
     states = streamed(stream, text)
     total, count = 0.0, 0
-    with torch.no_grad(), stream.head() as logits:
+    with torch.no_grad():
         for batch, trail in zip(text, states, strict=True):
             mask = batch.attention_mask
             output = stock(
@@ -61,13 +74,27 @@ def test_streaming_equals_the_stock_model(family: str, tiny_checkpoint) -> None:
             real = torch.ones_like(batch.input_ids, dtype=torch.bool) if mask is None else mask
             for own, other in zip(trail[:-1], output.hidden_states[:-1], strict=True):  # the last one is normalised
                 torch.testing.assert_close(own[real], other[real], **TOLERANCE)
-            torch.testing.assert_close(logits(trail[-1][real]), output.logits[real], **TOLERANCE)
+            torch.testing.assert_close(logits_of(stream, trail[-1][real]), output.logits[real], **TOLERANCE)
             known = predicting(batch)[:, :-1]
             nats = torch.nn.functional.cross_entropy(
                 output.logits[:, :-1][known], batch.input_ids[:, 1:][known], reduction="sum"
             )
             total, count = total + float(nats), count + int(known.sum())
     assert stream.loss([trail[-1] for trail in states], text) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_only_rows_of_tokens_that_occur_are_read(tiny_checkpoint, monkeypatch) -> None:
+    monkeypatch.setattr(streaming, "READ_BYTES", 1)  # one row at a time
+    stream = LayerStream(Checkpoint.open(tiny_checkpoint(tied=True)), CPU)
+    read: list[tuple[int, int]] = []
+    reader = stream.checkpoint.reader
+    original = reader.read_finite
+    monkeypatch.setattr(reader, "read_finite", lambda name, rows=None: read.append(rows) or original(name, rows))
+    hidden = stream.embed([Batch(torch.tensor([[5, 256, 7], [7, 5, 5]])), Batch(torch.tensor([[9]]))])
+    assert read == [(5, 6), (7, 8), (9, 10), (256, 257)]
+    table = reader.read("model.embed_tokens.weight")
+    assert torch.equal(hidden[0], table[torch.tensor([[5, 256, 7], [7, 5, 5]])])
+    assert torch.equal(hidden[1], table[[9]][None])
 
 
 def test_loss_is_the_stock_models_on_whole_windows(tiny_checkpoint) -> None:
@@ -96,8 +123,7 @@ def test_only_one_layer_is_resident(tiny_checkpoint) -> None:
     with stream.layer(1) as layer:
         stream.advance(1, layer, hidden[0], text[0])
         assert resident(stream) == {"layer 1"}
-    with stream.head() as logits:
-        logits(hidden[0][0])
+    for _ in stream.logits_pieces(hidden[0][0]):
         assert resident(stream) == {"head"}
     assert resident(stream) == set()
 
@@ -109,8 +135,8 @@ def test_bf16_is_computed_in_float32_on_the_cpu(tiny_checkpoint) -> None:
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     text = [batches()[0]]
     stream = LayerStream(checkpoint, CPU)
-    with torch.no_grad(), stream.head() as logits:
-        found = logits(streamed(stream, text)[0][-1].flatten(0, 1))
+    found = logits_of(stream, streamed(stream, text)[0][-1].flatten(0, 1))
+    with torch.no_grad():
         torch.testing.assert_close(found, stock(text[0].input_ids).logits.flatten(0, 1), **TOLERANCE)
 
 
@@ -126,7 +152,7 @@ def test_nan_names_the_weight(name: str, tiny_checkpoint) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
         stream = LayerStream(Checkpoint.open(folder), CPU)
-        text = batches()
+        text = [Batch(torch.arange(20)[None])]  # token 0 too: other rows of the embedding are not read
         stream.loss([trail[-1] for trail in streamed(stream, text)], text)
 
 
