@@ -171,17 +171,18 @@ def frozen_parent(folder: Path, device: Any) -> Any:
 
 def write_checkpoint(model: Any, context: StageContext, tuning: FinetuneConfig) -> None:
     """The tuned tensors under the parent's names and dtypes, routers and layout beside them."""
-    from dynaconv.arch.checkpoint import copy_side_files
-    from dynaconv.artifacts.tensors import CheckpointReader
+    from dynaconv.arch.checkpoint import Checkpoint, copy_side_files
+    from dynaconv.arch.stock import stock_names
     from dynaconv.artifacts.writer import CheckpointWriter, write_tensors
     from dynaconv.dynamic.layout import ROUTER_FILE
 
     carved, folder = context.inputs["dynamic"], context.folder
-    reader, state = CheckpointReader(carved), model.dense_state()
-    layout = [(info.name, info.dtype, info.shape) for info in reader.tensors.values()]
+    checkpoint, state = Checkpoint.open(carved), model.dense_state()
+    names = stock_names(checkpoint, model)
+    layout = [(info.name, info.dtype, info.shape) for info in checkpoint.reader.tensors.values()]
     with CheckpointWriter(folder, layout, shard_bytes=context.config.carve.shard_bytes) as writer:
         for name, dtype, _ in layout:
-            writer.write(name, state[name].detach().to("cpu", dtype))
+            writer.write(name, state[names[name]].detach().to("cpu", dtype))
     copy_side_files(carved, folder)
     shutil.copyfile(carved / "config.json", folder / "config.json")
     model.layout.save(folder)
