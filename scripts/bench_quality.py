@@ -119,8 +119,8 @@ def train(config: RunConfig, path: Path) -> dict[str, Path]:
     return {outcome.name: outcome.folder for outcome in outcomes}
 
 
-def training_text(path: Path, exclude: list[str]) -> Path:
-    """Python source of the standard library and of installed packages, an equal share of each; made once."""
+def training_text(path: Path, exclude: list[str], characters: int = PACKAGE_CHARACTERS) -> Path:
+    """Python source of the standard library and of installed packages, at most ``characters`` of each; made once."""
     if path.is_file():
         return path
     paths = sysconfig.get_paths()
@@ -134,7 +134,7 @@ def training_text(path: Path, exclude: list[str]) -> Path:
     documents = []
     for files in packages.values():
         random.Random(0).shuffle(files)
-        left = PACKAGE_CHARACTERS
+        left = characters
         for file in files:
             source = file.read_text(encoding="utf-8", errors="ignore")[:left]
             documents += [source] if source.strip() else []

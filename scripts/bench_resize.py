@@ -1,0 +1,152 @@
+"""What resizing is worth: tokens that a clone needs to reach the loss a random init of its shape ends with.
+
+    python scripts/bench_resize.py MODEL VALID.txt
+
+Down: MODEL at half its width. Up: a small base, trained here, at twice its width. Both arrive at the same shape, so
+the random inits are the same. Those train for the whole budget, and their learning rate falls to zero at its end: their
+best case. Clones get a quarter of it (down) or 1/2.2 (up), with the same schedule over what they get, and should end at
+or below the random init's last loss. Equal seeds see the same batches in the same order. Peak learning rates are tuned
+for each side on seed 0, and further while the best is at an edge; variants of a clone train at the clone's, the base at
+the random init's. What the sources themselves have cost is not counted, but written down. VALID.txt is text that nobody
+trained on.
+
+One row is one run; finished rows are kept in --runs. One thread, bf16 products, fp32 weights.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import platform
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from bench_quality import training_text, windows
+from resize_clones import VARIANTS, Sources, separation
+from resize_plot import draw
+from resize_rows import Bench, Result, Row, end_loss, tokens_to_reach
+
+from dynaconv.artifacts.files import write_json
+from dynaconv.cli.quiet import silence_libraries
+from dynaconv.config import DataConfig
+from dynaconv.data.corpus import load_corpus
+from dynaconv.data.tokenizer import load_tokenizer
+from dynaconv.data.windows import evaluation_batches
+from dynaconv.train.pretrain import Schedule
+from dynaconv.train.shape import Shape, build
+
+LARGE = Shape(hidden=128, ffn=512, layers=4, heads=2, kv_heads=1, vocabulary=2048)  # half of MODEL, twice the base
+SMALL = replace(LARGE, hidden=64, ffn=256, heads=1)
+FEWER = {"subclone": 4.0, "hyperclone": 2.2}  # times fewer tokens than the random init: the claim
+RATES = {
+    "random": (7.5e-4, 1.5e-3, 3e-3),
+    "subclone": (7.5e-4, 1.5e-3, 3e-3),
+    "hyperclone": (3.75e-4, 7.5e-4, 1.5e-3),
+}
+PACKAGE_CHARACTERS = 250_000  # of each package, at most: more tokens than a random init's budget
+CALIBRATION_TOKENS = 65536
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="Dense checkpoint to halve.")],
+    valid: Annotated[Path, typer.Argument(help="Text nobody has trained on.")],
+    tokens: Annotated[float, typer.Option(help="Budget of a random init.")] = 5e6,
+    base_tokens: Annotated[float, typer.Option(help="Budget of the small base.")] = 10e6,
+    seeds: Annotated[int, typer.Option(help="Seeds of every row.")] = 3,
+    exclude: Annotated[str, typer.Option(help="Packages left out of the training text.")] = "rich,typer,idlelib",
+    runs: Annotated[Path, typer.Option(help="Where finished rows are kept.")] = Path("runs/bench-resize"),
+    out: Annotated[Path, typer.Option(help="Result file.")] = Path("benchmarks/resize.json"),
+    picture: Annotated[Path, typer.Option(help="The curves.")] = Path("docs/resize.png"),
+) -> None:
+    """Trains the rows, writes the table, draws the curves."""
+    silence_libraries()
+    torch.set_num_threads(1)
+    tokenizer = load_tokenizer(model)
+    text = training_text(runs / "train.txt", exclude.split(","), PACKAGE_CHARACTERS)
+    data = DataConfig(train=[str(text)], validation_share=0.0, sequence_length=256)
+    train = load_corpus(data, tokenizer, validation_tokens=0).train
+    schedule = Schedule(batch_size=8, warmup_share=0.03, decay_share=1.0, precision="bf16")
+    bench = Bench(runs, train, list(windows(tokenizer, valid)), schedule)
+
+    summary = compare(bench, model, tokenizer, int(tokens), int(base_tokens), seeds)
+    settings = {"model": model.name, "valid": valid.name, "tokens": int(tokens), "base_tokens": int(base_tokens)}
+    settings |= {"seeds": seeds, "excluded": exclude, "rates": RATES, "training_text_tokens": train.total_tokens}
+    command = ["python", "scripts/bench_resize.py", model.name, valid.name, "--tokens", f"{tokens:g}"]
+    command += ["--base-tokens", f"{base_tokens:g}", "--seeds", str(seeds)]
+    content = {
+        "command": shlex.join(command),
+        "settings": settings,
+        "schedule": bench.shared,
+        "shapes": {"clones and random inits": asdict(LARGE), "small base": asdict(SMALL)},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "threads": 1},
+        "summary": summary,
+        "rows": bench.rows,
+    }
+    write_json(out, content)
+    draw(content, picture)
+
+
+def compare(bench: Bench, model: Path, tokenizer: Any, tokens: int, base_tokens: int, seeds: int) -> dict[str, Any]:
+    """Trains every row; what each start needed and where it ended."""
+    random = bench.tuned(Row("random", "", 0.0, 0, tokens), RATES["random"], seeds, lambda row: build(LARGE, row.seed))
+    base = Row("base", "", random[0]["learning_rate"], 0, base_tokens)
+    small = bench.folder / base.name
+    trained = bench.run(base, lambda row: build(SMALL, row.seed), keep=small)
+    tokenizer.save_pretrained(small)
+    calibration = list(evaluation_batches(bench.windows, 16, CALIBRATION_TOKENS))
+    sources = Sources.measured(model, small, bench.folder / "importance", calibration)
+    summary = {"random": ends(random), "base": ends([trained])}
+    for start, fewer in FEWER.items():
+        row = Row(start, "", 0.0, 0, int(tokens / fewer))
+        variants = variants_of(bench, row, sources, seeds)
+        summary[start] = {
+            "claim": f"{fewer:g} times fewer tokens than the random init",
+            "holds": all(c <= r for c, r in zip(losses(variants[""]), losses(random), strict=True)),
+            "variants": {name: ends(results) | against(results, random) for name, results in variants.items()},
+        }
+    return summary
+
+
+def variants_of(bench: Bench, row: Row, sources: Sources, seeds: int) -> dict[str, list[Result]]:
+    """The clone at its best learning rate, and its variants at the same one, for every seed."""
+    measure = separation(bench.held_out[0]) if row.start == "hyperclone" else None
+    found = {"": bench.tuned(row, RATES[row.start], seeds, sources.clone, measure)}
+    best = replace(row, learning_rate=found[""][0]["learning_rate"])
+    for name in VARIANTS[row.start]:
+        if name:
+            each = [replace(best, variant=name, seed=seed) for seed in range(seeds)]
+            found[name] = [bench.run(one, sources.clone, measure) for one in each]
+    return found
+
+
+def ends(results: Sequence[Result]) -> dict[str, Any]:
+    """What rows of one start and learning rate began and ended with, seed after seed."""
+    first = results[0]
+    found: dict[str, Any] = {"learning_rate": first["learning_rate"], "tokens": first["tokens"]}
+    found |= {"start_losses": [r["curve"][0][1] for r in results], "end_losses": losses(results)}
+    if first["before"]:
+        found["copies_apart"] = {when: [result[when] for result in results] for when in ("before", "after")}
+    return found
+
+
+def losses(results: Sequence[Result]) -> list[float]:
+    """Last loss of each row."""
+    return [end_loss(result) for result in results]
+
+
+def against(results: Sequence[Result], random: Sequence[Result]) -> dict[str, Any]:
+    """Tokens that rows needed for the last loss of the random init of their seed, and how many times fewer that is."""
+    reached = [tokens_to_reach(one, end_loss(other)) for one, other in zip(results, random, strict=True)]
+    budget = random[0]["curve"][-1][0]
+    return {"tokens_to_reach": reached, "factors": [None if r is None else budget / max(r, 1) for r in reached]}
+
+
+if __name__ == "__main__":
+    typer.run(main)
