@@ -22,7 +22,7 @@ from torch import Tensor
 from dynaconv.arch.spec import Family
 from dynaconv.convert.importance import Importance
 from dynaconv.convert.selection import kept_layers
-from dynaconv.convert.target import Shape
+from dynaconv.convert.target import Shape, wants_multiple
 from dynaconv.errors import ConfigError
 
 TOLERANCE = 0.02  # of the parameters asked for
@@ -75,7 +75,7 @@ def find_shapes(family: Family, config: Mapping[str, Any], importance: Importanc
     if params == most:
         return [Candidate(source, most, 0.0, dict.fromkeys(("residual", "ffn", "heads", "layers"), 1.0), "the source")]
     shares = Shares(importance, source)
-    found = [_candidate(shape, size, shares) for shape, size in _shapes(family, count, params)]
+    found = [_candidate(shape, size, shares) for shape, size in _shapes(family, config, count, params)]
     if not found:
         raise ConfigError(f"no shape of this model has about {params:.4g} parameters", where="subclone")
     within = [each for each in found if abs(each.parameters - params) <= TOLERANCE * params]
@@ -185,11 +185,14 @@ def _candidate(shape: Shape, parameters: int, shares: Shares) -> Candidate:
     return Candidate(shape, parameters, sum(-math.log(max(share, LEAST)) for share in kept.values()), kept)
 
 
-def _shapes(family: Family, count: Counter, params: float) -> Iterator[tuple[Shape, int]]:
+def _shapes(family: Family, config: Mapping[str, Any], count: Counter, params: float) -> Iterator[tuple[Shape, int]]:
     """For every choice of layers, residual channels and heads the FFN width that comes nearest to ``params``."""
     source = count.source
     step = granule(source.ffn)
+    multiple = wants_multiple(family, config)
     for narrow in _narrower(family, count):
+        if multiple and narrow.residual % narrow.heads:
+            continue
         outside, inside = count.parts(replace(narrow, ffn=step))
         neuron = (count.parts(replace(narrow, ffn=2 * step))[1] - inside) / step if 2 * step <= source.ffn else 0
         for layers in range(min(2, source.layers), source.layers + 1):

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from dynaconv.arch.checkpoint import Checkpoint
+from dynaconv.arch.spec import Family
 from dynaconv.config import SubcloneConfig
 from dynaconv.errors import ConfigError
 
@@ -110,6 +112,8 @@ def target_shape(checkpoint: Checkpoint, wanted: SubcloneConfig) -> Shape:
     elif "kv_heads" in asked and "heads" not in asked:
         shape = replace(shape, heads=shape.kv_heads * source.group)
     problems += shape_problems(checkpoint, shape)
+    if not problems:
+        problems += _stock_problems(checkpoint, shape)
     if problems:
         raise ConfigError.from_problems(problems, where="subclone")
     return shape
@@ -167,7 +171,10 @@ def _scaled(checkpoint: Checkpoint, source: Shape, ratio: float) -> Shape:
     shape = replace(source, ffn=rounded(source.ffn * ratio), heads=kv_heads * group, kv_heads=kv_heads)
     if derives_head_dim(checkpoint):
         return replace(shape, residual=shape.heads * source.head_dim)
-    return replace(shape, residual=rounded(source.residual * ratio))
+    residual = rounded(source.residual * ratio)
+    if residual % shape.heads and wants_multiple(checkpoint.family, checkpoint.config):
+        residual = shape.heads * max(1, round(residual / shape.heads))
+    return replace(shape, residual=residual)
 
 
 def rounded(size: float) -> int:
@@ -196,6 +203,43 @@ def _derived(shape: Shape, source: Shape, asked: Mapping[str, int]) -> Shape:
 def _kv_for_heads(shape: Shape, source: Shape) -> Shape:
     """As many kv heads as keep the groups whole; left as it is where that is impossible, for the caller to refuse."""
     return replace(shape, kv_heads=shape.heads // source.group) if shape.heads % source.group == 0 else shape
+
+
+def wants_multiple(family: Family, config: Mapping[str, Any]) -> bool:
+    """Whether transformers refuses models like ``config``'s whose D is no multiple of the query heads.
+
+    It does for some families although their heads have a length of their own.
+    """
+    heads, residual = family.sizes_of(config)["q_head"], family.sizes["residual"].field
+    return heads > 1 and refused({**config, str(residual): 8 * heads + 1}) is not None
+
+
+def refused(config: Mapping[str, Any]) -> str | None:
+    """What transformers has against a model with ``config``; ``None`` when it takes it."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.for_model(**config)
+    except Exception as error:  # it raises its own, those of its hub client, and plain ones
+        return str(error.__cause__ or error).strip().splitlines()[-1].strip()
+    return None
+
+
+def _stock_problems(checkpoint: Checkpoint, shape: Shape) -> list[str]:
+    """Why transformers would not load ``shape``, though all tensors are there."""
+    sizes = shape.sizes(checkpoint.sizes)
+    reason = refused(checkpoint.family.resized(checkpoint.config, sizes, range(checkpoint.layers)))
+    if reason is None:
+        return []
+    if shape.residual % shape.heads == 0:
+        return [f"transformers loads no {checkpoint.family.model_type} of {shape.words()}: {reason}"]
+    below = shape.residual - shape.residual % shape.heads
+    largest = checkpoint.sizes["residual"]
+    near = " or ".join(f"residual={size}" for size in (below, below + shape.heads) if 0 < size <= largest)
+    return [
+        f"transformers loads no {checkpoint.family.model_type} whose residual width ({shape.residual}) is not a "
+        f"multiple of its heads ({shape.heads}): {near}"
+    ]
 
 
 def _head_problems(shape: Shape, source: Shape) -> list[str]:
