@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from dynaconv.arch.blocks import block_edges
 from dynaconv.arch.checkpoint import Checkpoint
+from dynaconv.arch.registry import known_families
 from dynaconv.dynamic.layout import DialTable, FFNLayout, Layout, RouterLayout
 from dynaconv.dynamic.modeling import attach
 
@@ -30,7 +34,7 @@ def dynamic_model(folder: Path, kind: str = "gate", *, blocks: int = 4, seed: in
     layout = Layout(
         edges=block_edges(checkpoint.sizes["ffn"], blocks),
         layers=checkpoint.layers,
-        ffn=FFNLayout(ffn.path, ffn.gate, ffn.up, ffn.down, ffn.activation),
+        ffn=FFNLayout(**asdict(ffn)),
         router=ROUTERS[kind],
         dial=DialTable((0.25, 0.5, 1.0), levels, (0.8, 0.9, 1.0)),
     )
@@ -46,3 +50,23 @@ def dynamic_model(folder: Path, kind: str = "gate", *, blocks: int = 4, seed: in
 def token_ids(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
     """(B, T) random tokens of the tests' tokenizer."""
     return torch.randint(1, 257, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def masked_neurons(stock: Any, family: str, kept: Iterable[int] | torch.Tensor) -> Iterator[None]:
+    """A stock model without the FFN neurons that are not in ``kept``; (L, n) where they differ by layer."""
+    spec, hooks = known_families()[family].ffn, []
+    kept = torch.as_tensor(kept if isinstance(kept, torch.Tensor) else list(kept), dtype=torch.int64)
+    for layer in range(stock.config.num_hidden_layers):
+
+        def mask(module: Any, args: tuple[torch.Tensor], layer: int = layer) -> tuple[torch.Tensor]:
+            on = torch.zeros(args[0].shape[-1], dtype=args[0].dtype)
+            return (args[0] * on.index_fill(0, kept[layer] if kept.dim() == 2 else kept, 1.0),)
+
+        down = stock.get_submodule(f"{spec.path.format(layer=layer)}.{spec.down}")
+        hooks.append(down.register_forward_pre_hook(mask))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -114,7 +114,12 @@ def dynamic_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     @functools.wraps(stock.forward)
     def forward(self: Any, *args: Any, dial: DialLike | None = None, **kwargs: Any) -> Any:
-        with using(self.policy(dial)):
+        policy = self.policy(dial)
+        inputs = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+        given = next((value for value in inputs if value is not None), None)
+        if isinstance(policy, Routed) and given is not None:  # here, since some models flatten the batch inside
+            policy.require(len(given))
+        with using(policy):
             return super(made, self).forward(*args, **kwargs)
 
     signature = inspect.signature(stock.forward)  # generation looks at the names forward takes

@@ -75,6 +75,15 @@ class Routed:
 
     levels: Tensor
 
+    def require(self, sequences: int) -> None:
+        """Checks the number of dials against a batch of so many sequences.
+
+        Raises:
+            ValueError: The number of dials does not divide the batch.
+        """
+        if self.levels.dim() == 2 and sequences % len(self.levels):
+            raise ValueError(f"{len(self.levels)} dials for a batch of {sequences} sequences: give one for each")
+
     def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor | None:
         """The width each token's router asks for.
 
@@ -83,8 +92,7 @@ class Routed:
         """
         level = self.levels[..., ffn.layer].to(x.device)
         if level.dim():  # one dial a sequence; beams and returned sequences repeat each row in place
-            if x.shape[0] % level.shape[0]:
-                raise ValueError(f"{level.shape[0]} dials for a batch of {x.shape[0]} sequences: give one for each")
+            self.require(x.shape[0])
             level = level.repeat_interleave(x.shape[0] // level.shape[0], dim=0)
             level = level.view(-1, *(1,) * (x.dim() - 2))
         return ffn.router.widths(ffn.router(x), level)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from dynamic_models import dynamic_model, token_ids
+from dynamic_models import dynamic_model, masked_neurons, token_ids
+from tiny_families import FAMILIES
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -25,7 +26,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
     return bool((a - b).abs().max() <= tolerance * b.abs().max())
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["gate", "curve", "class", "none"])
 def test_full_dial_is_the_parent(tiny_checkpoint: Maker, family: str, kind: str) -> None:
     folder = tiny_checkpoint(family, tied=kind == "gate", ffn=67 if kind == "class" else 96)
@@ -38,9 +39,12 @@ def test_full_dial_is_the_parent(tiny_checkpoint: Maker, family: str, kind: str)
         assert not close(model(ids, dial=0.25).logits, expected, 1e-3)
 
 
-@pytest.mark.parametrize("kind", ["gate", "curve", "class"])
-def test_every_ffn_is_the_reference_at_its_widths(tiny_checkpoint: Maker, kind: str) -> None:
-    model = dynamic_model(tiny_checkpoint(mlp_bias=True, ffn=67), kind)
+@pytest.mark.parametrize(
+    ("family", "kind"), [*((family, "gate") for family in FAMILIES), ("llama", "curve"), ("llama", "class")]
+)
+def test_every_ffn_is_the_reference_at_its_widths(tiny_checkpoint: Maker, family: str, kind: str) -> None:
+    biased = {"mlp_bias": True} if family in ("llama", "granite") else {}
+    model = dynamic_model(tiny_checkpoint(family, ffn=67, **biased), kind)
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     for ffn in model.ffns():
         ffn.register_forward_hook(lambda m, args, out: seen.update({m.layer: (args[0], out)}))
@@ -51,20 +55,59 @@ def test_every_ffn_is_the_reference_at_its_widths(tiny_checkpoint: Maker, kind: 
         x, out = seen[ffn.layer]
         widths = trace.widths[ffn.layer][0]
         used |= set(widths.flatten().tolist())
-        rows = block_ffn(x.flatten(0, 1), width_masks(widths.flatten()), ffn.weights(), ffn.edges)
-        assert close(out.flatten(0, 1), rows)
+        rows = block_ffn(x.flatten(0, -2), width_masks(widths.flatten()), ffn.weights(), ffn.edges)
+        assert close(out.flatten(0, -2), rows)
     assert len(used) > 2, "the test's routers should not agree on everything"
 
 
-def test_training_and_inference_paths_agree(tiny_checkpoint: Maker) -> None:
-    model, ids = dynamic_model(tiny_checkpoint()), token_ids(3, 16)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_and_inference_paths_agree(tiny_checkpoint: Maker, family: str) -> None:
+    model, ids = dynamic_model(tiny_checkpoint(family)), token_ids(3, 16)
     with_gradient = model(ids, dial=0.5).logits
     with torch.no_grad():
         assert close(model(ids, dial=0.5).logits, with_gradient.detach())
 
 
-def test_generation_with_cache_equals_generation_without(tiny_checkpoint: Maker) -> None:
-    model, ids = dynamic_model(tiny_checkpoint()), token_ids(2, 7)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_width_is_the_stock_model_without_the_other_neurons(tiny_checkpoint: Maker, family: str) -> None:
+    folder, ids = tiny_checkpoint(family, ffn=67, tied=True), token_ids(2, 12)
+    stock, model = AutoModelForCausalLM.from_pretrained(folder).train(), dynamic_model(folder, "none").train()
+    names = set(stock.state_dict())
+    for width in (0, 1, 3):
+        with masked_neurons(stock, family, range(model.layout.edges[width])):
+            expected = stock(ids, labels=ids)
+        found = model(ids, labels=ids, dial=Dial.uniform(width))
+        assert close(found.logits, expected.logits)
+        for one in (stock, model):
+            one.zero_grad()
+        expected.loss.backward()
+        found.loss.backward()
+        for name, parameter in stock.named_parameters():
+            gradient = model.dense_state()[name].grad
+            if parameter.grad is None or not bool(parameter.grad.any()):
+                assert gradient is None or not bool(gradient.any()), name
+            else:
+                torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-6 * parameter.grad.abs().max())
+    assert set(model.dense_state()) == names
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("gpt2", {"resid_pdrop": 0.5}), ("opt", {"dropout": 0.5}), ("starcoder2", {"residual_dropout": 0.5})],
+)
+def test_what_stands_around_an_ungated_ffn_stays(tiny_checkpoint: Maker, family: str, settings: dict[str, Any]) -> None:
+    folder, ids = tiny_checkpoint(family, **settings), token_ids()
+    stock, model = AutoModelForCausalLM.from_pretrained(folder).train(), dynamic_model(folder).train()
+    with torch.no_grad():
+        torch.manual_seed(0)
+        expected = stock(ids).logits
+        torch.manual_seed(0)
+        assert torch.equal(model(ids, dial=1.0).logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_with_cache_equals_generation_without(tiny_checkpoint: Maker, family: str) -> None:
+    model, ids = dynamic_model(tiny_checkpoint(family)), token_ids(2, 7)
     settings: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     cached = model.generate(ids, dial=0.5, **settings)
     plain = model.generate(ids, dial=0.5, use_cache=False, **settings)
@@ -75,8 +118,9 @@ def test_generation_with_cache_equals_generation_without(tiny_checkpoint: Maker)
     assert torch.equal(logits[:, 6:-1].argmax(-1), cached[:, 7:])
 
 
-def test_one_dial_a_sequence(tiny_checkpoint: Maker) -> None:
-    model, ids = dynamic_model(tiny_checkpoint()), token_ids(3, 9)
+@pytest.mark.parametrize("family", ["llama", "opt"])  # OPT flattens the batch
+def test_one_dial_a_sequence(tiny_checkpoint: Maker, family: str) -> None:
+    model, ids = dynamic_model(tiny_checkpoint(family)), token_ids(3, 10)
     dials = [0.25, 1.0, 0.5]
     settings: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     together = model.generate(ids, dial=dials, **settings)
@@ -143,9 +187,9 @@ def test_widths_are_nested_and_monotone_in_the_dial(tiny_checkpoint: Maker) -> N
     assert bool((last == 4).all())
 
 
-@pytest.mark.parametrize("kind", ["gate", "none"])
-def test_saved_and_loaded_it_is_the_same(tiny_checkpoint: Maker, tmp_path: Path, kind: str) -> None:
-    model, ids = dynamic_model(tiny_checkpoint(tied=True), kind), token_ids()
+@pytest.mark.parametrize(("family", "kind"), [*((family, "gate") for family in FAMILIES), ("llama", "none")])
+def test_saved_and_loaded_it_is_the_same(tiny_checkpoint: Maker, tmp_path: Path, family: str, kind: str) -> None:
+    model, ids = dynamic_model(tiny_checkpoint(family, tied=True), kind), token_ids()
     model.save_pretrained(tmp_path / "saved")
     again = dynaconv.load(tmp_path / "saved").eval()
     stock, info = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)

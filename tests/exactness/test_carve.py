@@ -1,5 +1,7 @@
 """A carved checkpoint is the parent: stock transformers loads it whole, its logits agree, and no neuron is lost.
 
+Its nested widths are the parent without its least important neurons.
+
 Every family, tied and untied, MHA, GQA and MQA, odd FFN sizes, biases, head_dim apart from hidden / heads.
 """
 
@@ -15,9 +17,14 @@ from typing import Any
 
 import pytest
 import torch
+from dynamic_models import masked_neurons
 from fake_statistics import fake_statistics
+from tiny_families import FAMILIES
 from torch import Tensor
 
+import dynaconv
+from dynaconv import Dial
+from dynaconv.arch.registry import known_families
 from dynaconv.artifacts.tensors import CheckpointReader, read_tensors
 from dynaconv.config import CarveConfig, RunConfig
 from dynaconv.convert.stage import CarveStage
@@ -56,6 +63,10 @@ SHAPES = [
     Shape("qwen3", 4, 96, 12, {"attention_bias": True}),
     Shape("qwen3", 2, 99, 32),
     Shape("qwen3", 1, 17, 16),
+    *(Shape(family, 2, 67) for family in FAMILIES),
+    Shape("granite", 1, 96, None, {"mlp_bias": True}),
+    Shape("opt", 4, 96, None, {"enable_bias": False}),
+    Shape("starcoder2", 1, 96, None, {"use_bias": False}),
 ]
 
 
@@ -70,14 +81,20 @@ def carve(tmp_path: Path, dense: Path) -> Path:
     return folder
 
 
-def neurons(reader: CheckpointReader, layer: int) -> Tensor:
-    """Each neuron as one row (F, 3D + 2): its rows of gate and up, its column of down, and its biases."""
-    path = f"model.layers.{layer}.mlp"
-    gate, up, down = (reader.read(f"{path}.{name}_proj.weight") for name in ("gate", "up", "down"))
-    biases = [
-        reader.read(name) for name in (f"{path}.gate_proj.bias", f"{path}.up_proj.bias") if name in reader.tensors
-    ]
-    return torch.cat([gate, up, down.T, *(bias[:, None] for bias in biases)], dim=1)
+def neurons(reader: CheckpointReader, family: str, layer: int) -> Tensor:
+    """Each neuron as one row (F, ...): its rows of gate and up, its column of down, and its biases."""
+    spec = known_families()[family].ffn
+    path = spec.path.format(layer=layer)
+    down = reader.read(f"{path}.{spec.down}.weight")
+    transposed = family == "gpt2"
+    rows = [down if transposed else down.T]
+    for name in dict.fromkeys((spec.gate, spec.up)):
+        for tensor in (f"{path}.{name}.weight", f"{path}.{name}.bias") if name else ():
+            if tensor in reader.tensors:
+                weight = reader.read(tensor)
+                weight = weight.view(-1, weight.shape[-1]).T if transposed or weight.dim() == 1 else weight
+                rows += weight.chunk(2 if spec.gate == spec.up else 1)
+    return torch.cat(rows, dim=1)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -102,11 +119,17 @@ def test_carved_is_the_parent(tmp_path: Path, tiny_checkpoint: Callable[..., Pat
     before, after = CheckpointReader(dense), CheckpointReader(folder)
     orders = read_tensors(tmp_path / "statistics" / "statistics.safetensors")
     for layer in range(2):
-        old, new, order = neurons(before, layer), neurons(after, layer), orders[f"layers.{layer}.order"]
+        old, new = (neurons(reader, shape.family, layer) for reader in (before, after))
+        order = orders[f"layers.{layer}.order"]
         assert torch.equal(new, old[order]) and not torch.equal(new, old)
         lost_none = sorted(map(tuple, new.tolist())) == sorted(map(tuple, old.tolist()))
         assert lost_none and len(set(map(tuple, new.tolist()))) == shape.ffn
-    edges = Layout.load(folder).edges
+    edges, dynamic = Layout.load(folder).edges, dynaconv.load(folder).eval()
+    for width in (0, 2, 4, BLOCKS):
+        kept = torch.stack([orders[f"layers.{layer}.order"][: edges[width]] for layer in range(2)])
+        with torch.no_grad(), masked_neurons(parent, shape.family, kept):
+            expected, found = parent(tokens).logits, dynamic(tokens, dial=Dial.uniform(width)).logits
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     cover = itertools.chain.from_iterable(range(start, stop) for start, stop in pairwise(edges))
     assert list(cover) == list(range(shape.ffn)) and len(edges) == BLOCKS + 1
 
