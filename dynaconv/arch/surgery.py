@@ -21,6 +21,7 @@ from dynaconv.artifacts.tensors import CheckpointWriter, TensorInfo
 from dynaconv.errors import CheckpointError, suggest
 
 PIECE_BYTES = 8 * 1024**2
+WIDENED = 8  # bytes an element of a piece takes while it is multiplied and noise is drawn for it, both in float32
 
 Selection = tuple[Tensor | None, ...]
 Factor = float | Tensor | Mapping[int, float | Tensor]
@@ -321,12 +322,24 @@ def _check_ties(checkpoint: Checkpoint) -> None:
             )
 
 
-def transform_peak_bytes(checkpoint: Checkpoint, axes: Collection[str]) -> int:
-    """Largest memory that :func:`transform` holds at once when it takes from ``axes``, in bytes."""
+def transform_peak_bytes(checkpoint: Checkpoint, axes: Collection[str], result: Checkpoint | None = None) -> int:
+    """Largest memory that :func:`transform` holds at once when it takes from ``axes``, in bytes.
+
+    Args:
+        checkpoint: The source.
+        axes: Axes that are taken from.
+        result: The shape of the result where it differs; factors and what finishes pieces may then widen them.
+    """
     peak = 0
+    grown = {} if result is None else {slot.spec.name: slot for slot in result.slots.values()}
     for name, slot in checkpoint.slots.items():
         info = checkpoint.reader.tensors[name]
         piece = min(info.nbytes, PIECE_BYTES)
         by_rows, *rest = (not dimension.axes.isdisjoint(axes) for dimension in slot.spec.dimensions)
-        peak = max(peak, (info.nbytes if by_rows else piece) + (piece if by_rows or any(rest) else 0))
+        needed = (info.nbytes if by_rows else piece) + (piece if by_rows or any(rest) else 0)
+        if slot.spec.name in grown:
+            new = info.dtype.itemsize * torch.Size(grown[slot.spec.name].shape).numel()
+            at_once = new if slot.spec.contracts == 0 else min(new, PIECE_BYTES)
+            needed += at_once * (1 + WIDENED // info.dtype.itemsize)
+        peak = max(peak, needed)
     return peak

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from dynaconv.cli import convert, dial, doctor, listing, model, stages
+from dynaconv.cli import convert, dial, doctor, listing, model, resize, stages
 from dynaconv.cli.output import print_error, print_note, say
 from dynaconv.cli.quiet import silence_libraries
 from dynaconv.errors import DynaconvError
@@ -63,6 +63,8 @@ def dynaconv(
 
 app.command("convert")(convert.convert)
 app.command("plan")(convert.plan)
+app.command("subclone")(resize.subclone)
+app.command("hyperclone")(resize.hyperclone)
 for _name, _command in stages.COMMANDS.items():
     app.command(_name)(_command)
 app.command("status")(listing.status)

@@ -44,6 +44,7 @@ Redo = Annotated[
     str | None, typer.Option(metavar="STAGE", help="Make this stage and all after it again.", show_default=False)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
+RESIZING = ("subclone", "hyperclone")
 
 
 def convert(
@@ -79,9 +80,13 @@ def run_stages(asked: Request, *, until: str | None, redo: str | None, as_json: 
         print_json(status(run))
         return
     print_stages(status(run))
-    record = run.manifest.record("export")
-    if record is not None and not record.superseded:
+    record = run.manifest.record(asked.config.stages[-1])
+    if record is None or record.superseded:
+        return
+    if record.stage == "export":
         say(f"The model is in {run.folder(record)}; `dynaconv dial-k {asked.run}` shows its dial.")
+    elif record.stage in RESIZING:
+        say(f"The model is in {run.folder(record)}: a plain checkpoint, with a model card.")
 
 
 def plan(
@@ -94,7 +99,11 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what convert would do and cost, and list every mistake. Takes the same arguments and writes nothing."""
-    asked = request(source, overrides or (), recipe=recipe, out=out)
+    show_plan(request(source, overrides or (), recipe=recipe, out=out), until, redo, as_json=as_json)
+
+
+def show_plan(asked: Request, until: str | None, redo: str | None, *, as_json: bool) -> None:
+    """Prints what would be done; leaves with an exit code where something is wrong."""
     made, problems, exit_code = _planned(asked, until, redo)
     if as_json:
         from dynaconv.pipeline.plan import as_json as plan_as_json

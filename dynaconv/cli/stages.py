@@ -14,6 +14,7 @@ from dynaconv.cli.output import print_json
 from dynaconv.cli.request import request_of
 
 HELP = {
+    "importance": "Run calibration text through the dense model: what may be left out of a smaller one.",
     "profile": "Run calibration text through the dense model: neuron importance, difficulty curves.",
     "carve": "Order the neurons, cut them into blocks, and set up routers without training.",
     "finetune": "Tune weights and routers at sampled budgets.",
@@ -27,13 +28,14 @@ Again = Annotated[bool, typer.Option("--redo", help="Make it again though it is 
 
 def _command(stage: str) -> Callable[..., None]:
     def command(run: RunFolder, overrides: Overrides = None, redo: Again = False, as_json: AsJson = False) -> None:
-        _run_one(stage, run, overrides or [], redo=redo, as_json=as_json)
+        run_one(stage, run, overrides or [], redo=redo, as_json=as_json)
 
     command.__doc__ = HELP[stage]
     return command
 
 
-def _run_one(stage: str, folder: Path, overrides: list[str], *, redo: bool, as_json: bool) -> None:
+def run_one(stage: str, folder: Path, overrides: list[str], *, redo: bool, as_json: bool) -> None:
+    """Runs one stage of the run in ``folder`` and prints where the run stands then."""
     from dynaconv.artifacts.run import Run
     from dynaconv.pipeline.runner import run_stage
     from dynaconv.pipeline.status import status

@@ -40,6 +40,21 @@ class Resize:
     warnings: tuple[str, ...] = ()
 
 
+def dimensions(checkpoint: Checkpoint) -> dict[str, int]:
+    """The sizes of a model as people say them, and its parameters."""
+    sizes = checkpoint.sizes
+    return {
+        "layers": checkpoint.layers,
+        "residual": sizes["residual"],
+        "ffn": sizes["ffn"],
+        "heads": sizes["q_head"],
+        "kv_heads": sizes.get("kv_head", sizes["q_head"]),
+        "head_dim": sizes["v_dim"],
+        "vocab": sizes["vocab"],
+        "parameters": checkpoint.parameters,
+    }
+
+
 def write_resized(
     checkpoint: Checkpoint,
     resize: Resize,

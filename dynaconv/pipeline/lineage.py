@@ -78,7 +78,7 @@ def order_problems(stages: Sequence[Stage]) -> list[str]:
                 how = f"put {later[0]} before {stage.name}" if later else "add it to the stages"
                 advice = f"which {' or '.join(makers)} makes: {how}" if makers else "which no stage makes"
                 found.append(f"{stage.name} needs {kind}, {advice}")
-        outdated |= dict.fromkeys(stage.invalidates, stage.name)
+        outdated |= {kind: stage.name for kind in stage.invalidates if kind in made}
         outdated.pop(stage.produces, None)
         made[stage.produces] = stage.name
     return found

@@ -9,6 +9,9 @@ from dynaconv.errors import ConfigError, suggest
 from dynaconv.pipeline.stage import Stage
 
 STAGES: dict[str, str] = {
+    "importance": "dynaconv.profile.importance_stage:ImportanceStage",
+    "subclone": "dynaconv.convert.resize_stage:SubcloneStage",
+    "hyperclone": "dynaconv.convert.resize_stage:HypercloneStage",
     "profile": "dynaconv.profile.stage:ProfileStage",
     "carve": "dynaconv.convert.stage:CarveStage",
     "finetune": "dynaconv.train.stage:FinetuneStage",

@@ -25,7 +25,7 @@ from dynaconv.pipeline.lineage import SOURCE, Link, chain
 from dynaconv.pipeline.log import stage_log
 from dynaconv.pipeline.plan import checked_stages, data_digest
 from dynaconv.pipeline.recipe import recipe_text, settled
-from dynaconv.pipeline.stage import Stage, StageContext
+from dynaconv.pipeline.stage import Dense, Stage, StageContext
 from dynaconv.pipeline.state import KEEP, STALE, judge, judge_all, refuse
 from dynaconv.pipeline.status import status
 from dynaconv.pipeline.versions import versions
@@ -72,6 +72,8 @@ def run_pipeline(
         config, source, links = _prepare(config, stages)
         states = judge_all(links[:last], run, full=True, redo=redo)
         refuse(states, run)
+        if any(state.action != KEEP for state in states):
+            _check_shapes(config, stages[:last], source)
         maker = _Maker(config, run, source, progress, len(stages))
         if not run.recipe.exists():
             run.write_recipe(maker.recipe)
@@ -129,6 +131,13 @@ def _prepare(config: RunConfig, stages: Sequence[Stage]) -> tuple[RunConfig, Pat
     source = resolve(config.source)
     text = data_digest(config) if any("data" in stage.sections for stage in stages) else ""
     return settled(config), source, chain(config, stages, digest(source), text)
+
+
+def _check_shapes(config: RunConfig, stages: Sequence[Stage], source: Path) -> None:
+    """Stops before the first stage runs where a later one cannot make the shape it is asked for."""
+    dense: Dense = source
+    for stage in stages:
+        dense = stage.resized(config, dense)
 
 
 def _require(needed: Link, link: Link, run: Run) -> None:
