@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dynaconv.arch.checkpoint import Checkpoint
+from dynaconv.arch.surgery import selection
 from dynaconv.artifacts.tensors import CheckpointReader
 from dynaconv.config import HypercloneConfig
 from dynaconv.convert import rotary
@@ -265,3 +266,18 @@ def test_only_attention_and_ffns_are_disturbed(tmp_path: Path, tiny_checkpoint: 
     for name, slot in checkpoint.slots.items():
         same = torch.equal(readers["noisy"].read(name), readers["symmetric"].read(name))
         assert same == (slot.spec.part not in ("attention", "ffn") or slot.spec.contracts is None), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_diagonal_copies_read_their_own(tmp_path: Path, tiny_checkpoint: Callable[..., Path], family: str) -> None:
+    """With two copies of everything, each row of a projection has weights for one copy of its inputs: its own."""
+    checkpoint = Checkpoint.open(tiny_checkpoint(family))
+    resize = plan_hyperclone(checkpoint, HypercloneConfig(factor=2, variant="diagonal"), 0)
+    write_resized(checkpoint, resize, tmp_path, shard_bytes=10**9)
+    reader = CheckpointReader(tmp_path)
+    for name, slot in checkpoint.slots.items():
+        if slot.spec.contracts is None or slot.spec.part == "head":
+            continue
+        where = [Copies.of(each) for each in selection(slot, checkpoint.sizes, resize.takes) if each is not None]
+        own = where[0].rank[:, None] == where[1].rank
+        assert torch.equal(reader.read(name) != 0, own), name
