@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,8 +192,28 @@ class SubcloneStage(ResizeStage):
         from dynaconv.convert.importance import Importance
         from dynaconv.convert.subclone import plan_subclone
 
-        known = even_importance(checkpoint) if importance is None else Importance.open(importance, checkpoint)
-        return plan_subclone(checkpoint, known, config.subclone)
+        if importance is None:
+            return plan_subclone(checkpoint, even_importance(checkpoint), replace(config.subclone, refit=False))
+        return plan_subclone(checkpoint, Importance.open(importance, checkpoint), config.subclone)
+
+    def estimate(self, config: RunConfig, source: Dense) -> Estimate:
+        """As its base; a shape that importance is to choose is guessed."""
+        found = super().estimate(config, source)
+        if config.subclone.params is None:
+            return found
+        return replace(
+            found, notes=(*found.notes, "a guess, all importance taken to be even: what is measured decides")
+        )
+
+    def tell(self, context: StageContext, resize: Resize) -> None:
+        """Warnings, and the shapes that a number of parameters left to choose from."""
+        super().tell(context, resize)
+        for place, each in enumerate(resize.summary.get("candidates", [])):
+            shape = ", ".join(f"{name} {size}" for name, size in each["shape"].items())
+            chosen = "chosen" if place == 0 else "instead"
+            context.progress.say(
+                f"{self.name}  {chosen}: {each['parameters']:,} parameters ({shape}): {each['reason']}"
+            )
 
     def shard_bytes(self, config: RunConfig) -> int:
         """From the recipe."""

@@ -134,7 +134,7 @@ REFUSED = [
     (("hyperclone", "residual=2.5"), "residual is 2.5, and must be whole"),
     (("hyperclone",), "nothing would grow"),
     (("hyperclone", "residul=2"), "did you mean 'residual'?"),
-    (("hyperclone", "residual=3", "heads=3", "kv_heads=2"), "kv_heads"),
+    (("hyperclone", "residual=3", "heads=3", "kv_heads=5"), "kv_heads"),
     (("hyperclone", "ffn=0.5"), "at least 1"),
     (("hyperclone", "variant=nosy"), "'noisy'?"),
     (("hyperclone", "layers=1"), "layers"),
