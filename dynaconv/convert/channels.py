@@ -33,9 +33,6 @@ def query_key_channels(
         head_dim: d'.
         say: For each layer, how much each channel adds to the scores, (d,); by that go channels that no rotary
             embedding turns. ``None`` keeps the first.
-
-    Raises:
-        ConfigError: Rotary pairs do not fit into the shorter head, or each has a scaling of its own.
     """
     layers, d = checkpoint.layers, checkpoint.sizes["q_dim"]
     if head_dim == d:
@@ -43,7 +40,6 @@ def query_key_channels(
     old = _by_layer(checkpoint.config, layers)
     if all(rotation is None for rotation in old):
         return {layer: _unturned(say[layer] if say is not None else None, 0, head_dim) for layer in range(layers)}
-    _check_rotary(checkpoint, config, head_dim, old)
     new = _by_layer(config, layers)
     chosen: dict[int, Tensor] = {}
     for layer, (before, after) in enumerate(zip(old, new, strict=True)):
@@ -92,21 +88,31 @@ def _unturned(say: Tensor | None, start: int, count: int) -> Tensor:
     return start + say[start:].argsort(descending=True, stable=True)[:count]
 
 
-def _check_rotary(checkpoint: Checkpoint, config: Mapping[str, Any], head_dim: int, old: list[Rotation | None]) -> None:
-    """Refuses lengths whose channels cannot be turned in pairs."""
+def check_head_dim(checkpoint: Checkpoint, head_dim: int) -> None:
+    """Refuses heads of ``head_dim`` channels that cannot be turned in pairs.
+
+    Raises:
+        ConfigError: Rotary pairs do not fit into the shorter head, or each has a scaling of its own.
+    """
     d = checkpoint.sizes["q_dim"]
-    turned = max(2 * len(rotation.frequencies) for rotation in old if rotation is not None)
-    pairs = head_dim * turned / d / 2
-    if pairs < 1 or head_dim % 2 or (turned < d and int(head_dim * turned / d) % 2):
-        even = [size for size in range(2, d + 1, 2) if int(size * turned / d) >= 2 and int(size * turned / d) % 2 == 0]
-        near = sorted(sorted(even, key=lambda size: abs(size - head_dim))[:2])
+    found = rotations(checkpoint.config).values()
+    if head_dim == d or not found:
+        return
+    turned = max(2 * len(rotation.frequencies) for rotation in found)
+
+    def fits(size: int) -> bool:
+        pairs, odd = divmod(int(size * turned / d), 2)
+        return size % 2 == 0 and pairs > 0 and not odd
+
+    if not fits(head_dim):
+        near = sorted(sorted(filter(fits, range(1, d + 1)), key=lambda size: abs(size - head_dim))[:2])
         raise ConfigError(
             f"head_dim is {head_dim}, but rotary embeddings turn channels in pairs",
             where="subclone",
-            expected=f"an even number of channels to turn, out of {turned} in {d}",
+            expected=f"an even number of channels to turn, which is {turned} in {d} now",
             hint=" or ".join(f"head_dim={size}" for size in near),
         )
-    if any(rotation is not None and rotation.kind == "longrope" for rotation in old):
+    if any(rotation.kind == "longrope" for rotation in found):
         raise ConfigError(
             "head_dim cannot shrink with longrope scaling, which lists a factor for each pair of channels",
             where="subclone",

@@ -48,9 +48,6 @@ def choose(checkpoint: Checkpoint, importance: Importance, shape: Shape, *, rank
     """What stays for ``shape``: the most important, or the first where not ``ranked``.
 
     Layers go by importance in any case.
-
-    Raises:
-        ConfigError: Rotary pairs do not fit into the shorter heads.
     """
     count, source = checkpoint.layers, Shape.of(checkpoint)
     all_layers = range(count)

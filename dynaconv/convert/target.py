@@ -12,6 +12,7 @@ from typing import Any
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.arch.spec import Family
 from dynaconv.config import SubcloneConfig
+from dynaconv.convert.channels import check_head_dim
 from dynaconv.errors import ConfigError
 
 GRANULES = (
@@ -113,6 +114,7 @@ def target_shape(checkpoint: Checkpoint, wanted: SubcloneConfig) -> Shape:
         shape = replace(shape, heads=shape.kv_heads * source.group)
     problems += shape_problems(checkpoint, shape)
     if not problems:
+        check_head_dim(checkpoint, shape.head_dim)
         problems += _stock_problems(checkpoint, shape)
     if problems:
         raise ConfigError.from_problems(problems, where="subclone")
