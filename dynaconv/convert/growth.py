@@ -73,7 +73,7 @@ def growth_of(checkpoint: Checkpoint, wanted: HypercloneConfig) -> Growth:
     )
     grown = Growth(
         residual=residual,
-        ffn=take(_neurons(both if asked.ffn is None else asked.ffn, sizes["ffn"])),
+        ffn=sizes["ffn"] * both if asked.ffn is None else take(_neurons(asked.ffn, sizes["ffn"])),
         heads=heads,
         kv_heads=take(_kv_heads(checkpoint, str(asked.kv_heads), heads)),
         head_dim=take(_whole("head_dim", asked.head_dim, sizes["q_dim"])),
@@ -105,7 +105,7 @@ def _neurons(value: float, neurons: int) -> int | ConfigError:
     """Neurons that the FFN grows to: a factor, or from the present number on a number."""
     if value < 1:
         return ConfigError(f"ffn is {value:g}: a hyperclone only grows, and subclone makes models smaller")
-    return round(value if value >= neurons > 1 else value * neurons)
+    return round(value if value >= neurons else value * neurons)
 
 
 def _layers(checkpoint: Checkpoint, layers: int | None) -> int | ConfigError:

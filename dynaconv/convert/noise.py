@@ -109,9 +109,9 @@ def add_noise(weight: Tensor, exact: Tensor, pairs: Pairs, *, snr_db: float, see
         return
     wide = torch.promote_types(weight.dtype, torch.float32)
     size = weight.shape[1] ** 0.5 * 10 ** (snr_db / 20)
-    deviation = torch.linalg.vector_norm(exact, dim=1, dtype=wide) / size
     for rows, noise in _noise_blocks(weight.shape[0], pairs.total, seed=seed, name=name, start=start):
-        noise = noise.to(wide).mul_(deviation[rows, None])
+        deviation = torch.linalg.vector_norm(exact[rows], dim=1, keepdim=True, dtype=wide) / size
+        noise = noise.to(wide).mul_(deviation)
         done = 0
         for first, second, count in pairs.runs:
             value = exact[rows][:, first].to(wide, copy=True)

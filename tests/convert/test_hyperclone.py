@@ -110,6 +110,8 @@ def test_noise_does_not_depend_on_how_rows_are_cut_or_on_threads() -> None:
     for cuts in ([0, 1, 87, 88, 200], [0, 100, 200]):
         pieces = [noisy(weight[a:b], old, start=a) for a, b in pairwise(cuts)]
         assert torch.equal(torch.cat(pieces), whole)
+    added = (whole.float() - weight.float())[:, ::2]
+    assert (torch.corrcoef(added) - torch.eye(200)).abs().max() < 0.2  # noise of another block is not the same again
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -223,6 +225,7 @@ def test_an_ffn_grows_to_a_factor_or_to_a_size(tiny_checkpoint: Callable[..., Pa
     folder = tiny_checkpoint("llama", ffn=96)
     assert plan(folder, ffn=1.5).config["intermediate_size"] == 144
     assert plan(folder, ffn=100).config["intermediate_size"] == 100
+    assert plan(tiny_checkpoint("llama", ffn=2), factor=2).config["intermediate_size"] == 4
 
 
 def test_inserted_layers_are_spread_and_keep_their_kind(tiny_checkpoint: Callable[..., Path]) -> None:
