@@ -73,9 +73,9 @@ def embedding_bytes(checkpoint: Checkpoint, tokens: int) -> int:
 
 
 def head_bytes(checkpoint: Checkpoint) -> int:
-    """The head while tokens pass it: a piece of it being replaced, and logits and states of the tokens at once."""
+    """The head while tokens pass it: a piece of it as read and as computed in, logits and states of some tokens."""
     rows = min(checkpoint.sizes["vocab"], PIECE)
-    return 2 * WORD * rows * checkpoint.sizes["residual"] + 7 * HEAD_BYTES
+    return (WORD + checkpoint.dtype.itemsize) * rows * checkpoint.sizes["residual"] + 6 * HEAD_BYTES
 
 
 def _batch_bytes(checkpoint: Checkpoint, tokens: int) -> int:

@@ -168,16 +168,21 @@ class LayerStream:
 
         The model's own final norm, its head cut down to the piece, and whatever elementwise thing follows.
         """
-        names, head = self._names_of("head"), self._model.get_output_embeddings()
+        vocabulary, head = self.checkpoint.sizes["vocab"], self._model.get_output_embeddings()
         try:
-            for start in range(0, self.checkpoint.sizes["vocab"], PIECE):
-                stop = min(start + PIECE, self.checkpoint.sizes["vocab"])
-                rows = {name: self.checkpoint.reader.read_finite(name, (start, stop)) for name in names}
-                moved = {name.rpartition(".")[2]: piece.to(self.device, self.dtype) for name, piece in rows.items()}
-                with borrowing(head, moved):
+            for start in range(0, vocabulary, PIECE):
+                with borrowing(head, self._head_rows(start, min(start + PIECE, vocabulary))):
                     yield start, self._logits
         finally:
             self._stubs[-1].answer = self._stubs[-1].given = None
+
+    def _head_rows(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Rows of the head's parameters, by the names it has for them."""
+        read = self.checkpoint.reader.read_finite
+        return {
+            name.rpartition(".")[2]: read(name, (start, stop)).to(self.device, self.dtype)
+            for name in self._names_of("head")
+        }
 
     @torch.no_grad()
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_families import FAMILIES
 from tiny_run import convert, documents_file, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,18 +20,22 @@ from dynaconv.export.check import check
 Maker = Callable[..., Path]
 
 
-@pytest.mark.parametrize(
-    ("family", "router", "settings"),
-    [
-        ("llama", "gate", {"tied": True, "dtype": torch.bfloat16}),
-        ("mistral", "curve", {"head_dim": 24}),
-        ("qwen2", "class", {"ffn": 67}),
-        ("qwen3", "uniform", {"kv_heads": 1}),
-    ],
-)
+SETTINGS: dict[str, dict[str, object]] = {
+    "llama": {"tied": True, "dtype": torch.bfloat16},
+    "mistral": {"head_dim": 24},
+    "qwen2": {"ffn": 67},
+    "qwen3": {"kv_heads": 1},
+    "gpt2": {"tied": True},
+    "opt": {"tied": True, "ffn": 67},
+}
+ROUTERS = itertools.cycle(("gate", "curve", "class", "uniform"))
+
+
+@pytest.mark.parametrize(("family", "router"), [*zip(sorted(FAMILIES), ROUTERS, strict=False), ("opt", "curve")])
 def test_converted_folder_loads_everywhere(
-    tiny_checkpoint: Maker, tmp_path: Path, text_file: Path, family: str, router: str, settings: dict[str, object]
+    tiny_checkpoint: Maker, tmp_path: Path, text_file: Path, family: str, router: str
 ) -> None:
+    settings = SETTINGS.get(family, {})
     source = tiny_checkpoint(family, **settings)
     config = tiny_config(source, documents_file(tmp_path, text_file), router=router, check=True)
     folder = convert(config, tmp_path / "run")[-1].folder  # export.check reloads it without dynaconv and compares

@@ -97,6 +97,16 @@ def test_only_rows_of_tokens_that_occur_are_read(tiny_checkpoint, monkeypatch) -
     assert torch.equal(hidden[1], table[[9]][None])
 
 
+def test_a_stub_answers_for_its_layer() -> None:
+    layer = torch.nn.Linear(2, 2)
+    layer.attention_type = "sliding_attention"
+    stub = streaming.Stub(layer)
+    assert stub.attention_type == "sliding_attention"
+    assert not list(stub.parameters())
+    with pytest.raises(AttributeError):
+        stub.no_such_thing  # noqa: B018
+
+
 def test_loss_is_the_stock_models_on_whole_windows(tiny_checkpoint) -> None:
     folder = tiny_checkpoint()
     stock = AutoModelForCausalLM.from_pretrained(folder).eval()
