@@ -69,13 +69,13 @@ def importance_estimate(config: RunConfig, checkpoint: Checkpoint, disk_bytes: i
 def embedding_bytes(checkpoint: Checkpoint, tokens: int) -> int:
     """The embedding while ``tokens`` pass it: the rows of those that can occur, and what is read and made at once."""
     rows = min(checkpoint.sizes["vocab"], tokens)
-    return WORD * rows * checkpoint.sizes["residual"] + 8 * READ_BYTES
+    return WORD * rows * checkpoint.sizes["residual"] + 10 * READ_BYTES
 
 
 def head_bytes(checkpoint: Checkpoint) -> int:
     """The head while tokens pass it: a piece of it as read and as computed in, logits and states of some tokens."""
     rows = min(checkpoint.sizes["vocab"], PIECE)
-    return (WORD + checkpoint.dtype.itemsize) * rows * checkpoint.sizes["residual"] + 6 * HEAD_BYTES
+    return (WORD + checkpoint.dtype.itemsize) * rows * checkpoint.sizes["residual"] + 4 * HEAD_BYTES
 
 
 def _batch_bytes(checkpoint: Checkpoint, tokens: int) -> int:
