@@ -23,6 +23,8 @@ from dynaconv.errors import CheckpointError, suggest
 PIECE_BYTES = 8 * 1024**2
 WIDENED = 8  # bytes an element of a piece takes while it is multiplied and noise is drawn for it, both in float32
 
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # what numpy takes for any type of that width
+
 Selection = tuple[Tensor | None, ...]
 Factor = float | Tensor | Mapping[int, float | Tensor]
 Rewrite = Callable[[Tensor], Tensor]
@@ -182,8 +184,14 @@ def apply(slot: Slot, sizes: Mapping[str, int], tensor: Tensor, takes: Sequence[
 def _take(tensor: Tensor, selected: Selection) -> Tensor:
     for dimension, positions in enumerate(selected):
         if positions is not None:
-            tensor = tensor.index_select(dimension, positions)
+            tensor = _columns(tensor, positions) if dimension == 1 == tensor.dim() - 1 else tensor[positions]
     return tensor
+
+
+def _columns(tensor: Tensor, positions: Tensor) -> Tensor:
+    """Columns of a matrix. numpy moves them four times as fast as torch does where an element has two bytes."""
+    plain = tensor.contiguous().view(WORDS[tensor.dtype.itemsize]).numpy()
+    return torch.from_numpy(plain.take(positions.numpy(), axis=1)).view(tensor.dtype)
 
 
 def _scaled(slot: Slot, rows: Tensor, edit: _Edit, start: int) -> Tensor:

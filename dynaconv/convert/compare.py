@@ -1,7 +1,7 @@
 """Two checkpoints on the same tokens, side by side: by how much their logits differ, and what each one's loss is.
 
-Both stream layer by layer, one after the other; at the end their heads run together over pieces of the vocabulary, so
-neither a whole model nor whole logits are in memory. M tokens, V vocabulary.
+Both stream projection by projection, one after the other; at the end their heads run together over pieces of the
+vocabulary, so neither a whole model nor whole logits are in memory. M tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def final_states(stream: LayerStream, batches: Sequence[Batch]) -> list[Tensor]:
     """What the last decoder layer gives for each of ``batches``: (B, T, D)."""
     hidden = stream.embed(batches)
     for index in range(stream.checkpoint.layers):
-        with stream.layer(index) as layer:
+        with stream.layer(index, lean=len(batches) == 1) as layer:
             hidden = [stream.advance(index, layer, h, b) for h, b in zip(hidden, batches, strict=True)]
     return hidden
 

@@ -7,7 +7,7 @@ frequencies) is made for real at once: such buffers are in no shard.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -116,3 +116,46 @@ def loaded(
         yield
     finally:
         module.to("meta")
+
+
+@contextmanager
+def lent(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    names: Iterable[str],
+    prefix: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[None]:
+    """As :func:`loaded`, but every submodule reads its tensors when it is called and drops them when it is done.
+
+    One projection is in memory at a time, and is read again for every call.
+
+    Raises:
+        CheckpointError: When a submodule is called: as :func:`load`.
+    """
+    owned: dict[str, dict[str, str]] = {}
+    for name in names:
+        path, _, own = name.removeprefix(f"{prefix}.").rpartition(".")
+        owned.setdefault(path, {})[own] = name
+    read = checkpoint.reader.read_finite
+    open_now: list[tuple[nn.Module, AbstractContextManager[None]]] = []
+
+    def begin(called: nn.Module, _: Any) -> None:
+        tensors = {own: read(name).to(device, dtype) for own, name in of[called].items()}
+        lending = borrowing(called, tensors)
+        lending.__enter__()
+        open_now.append((called, lending))
+
+    def end(called: nn.Module, _: Any, __: Any) -> None:
+        while open_now and open_now[-1][0] is called:
+            open_now.pop()[1].__exit__(None, None, None)
+
+    of = {module.get_submodule(path): tensors for path, tensors in owned.items()}
+    hooks = [each.register_forward_pre_hook(begin) for each in of]
+    hooks += [each.register_forward_hook(end, always_call=True) for each in of]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

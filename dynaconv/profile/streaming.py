@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.data.windows import Batch
-from dynaconv.profile.skeleton import activation, borrowing, load, loaded, skeleton
+from dynaconv.profile.skeleton import activation, borrowing, lent, load, loaded, skeleton
 
 PIECE = 2048  # rows of the head, and columns of the logits, in memory at a time; fixed, so that two models' go together
 HEAD_BYTES = 32 * 1024**2  # logits held at once, or the hidden states they come from, whichever take more
@@ -110,15 +110,19 @@ class LayerStream:
         return hidden
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
+    def layer(self, index: int, *, lean: bool = False) -> Iterator[nn.Module]:
         """Decoder layer ``index`` with its weights, for the duration of the block.
+
+        Args:
+            index: From 0.
+            lean: Have one projection in memory at a time instead of the layer; each call then reads all of them.
 
         Raises:
             CheckpointError: A weight is NaN or infinite; the message names the tensor.
         """
         path, layer = self._layer_path.format(layer=index), self._layers[index]
         names = self.checkpoint.names_of_layer(index)
-        with loaded(layer, self.checkpoint, names, path, self.dtype, self.device):
+        with (lent if lean else loaded)(layer, self.checkpoint, names, path, self.dtype, self.device):
             yield layer
 
     def ffn(self, layer: nn.Module) -> nn.Module:
