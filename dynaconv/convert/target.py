@@ -126,7 +126,13 @@ def shape_problems(checkpoint: Checkpoint, shape: Shape) -> list[str]:
     source, found = Shape.of(checkpoint), []
     for name, size in asdict(shape).items():
         largest = getattr(source, name)
-        if size > largest:
+        if name == "head_dim" and size > largest and derives_head_dim(checkpoint):
+            found.append(
+                f"in {checkpoint.family.model_type} the heads make up the residual stream: {shape.heads} of them would "
+                f"have {size} channels of {shape.residual}, and the source's have {largest}: "
+                f"residual={shape.heads * largest} heads={shape.heads}"
+            )
+        elif size > largest:
             found.append(
                 f"{name} is {size}, the source has {largest}: subclone only makes smaller (hyperclone grows), "
                 f"so {name} is at most {largest}"

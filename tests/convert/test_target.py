@@ -68,9 +68,13 @@ def test_what_nobody_asked_for_stays_or_follows(family: str, wanted: dict, expec
         ("llama", {"heads": 8, "kv_heads": 2}, r"4 a group, and the source has only 2: heads=4, or kv_heads=4"),
         ("llama", {"residual": 60}, r"not a multiple of its heads \(8\): residual=56 or residual=64"),
         ("gpt2", {"kv_heads": 2}, r"gpt2 has no grouped queries"),
-        ("gpt2", {"residual": 60}, r"8 heads of 8 are not 60: residual=56 heads=7 or residual=64 heads=8.* heads=10|"),
-        ("gpt2", {"residual": 60}, r"the heads make up the residual stream"),
-        ("gpt2", {"heads": 4}, r"heads make up the residual stream|head_dim is 16, the source has 8"),
+        ("gpt2", {"residual": 60}, r"8 heads of 8 are not 60: residual=56 heads=7 or residual=64 heads=8\n"),
+        (
+            "gpt2",
+            {"residual": 42, "heads": 4},
+            r"8 are not 42: residual=40 heads=5 .*, or with residual 42 heads=6 \(of 7\)",
+        ),
+        ("gpt2", {"heads": 4}, r"4 of them would have 16 channels of 64, and the source's have 8: residual=32 heads=4"),
     ],
 )
 def test_what_cannot_be_is_refused_with_what_can(family: str, wanted: dict, words: str, source) -> None:
