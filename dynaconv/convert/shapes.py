@@ -7,8 +7,9 @@ may go (the first and the last never do) half by their influence and half by the
 now may add much when its neighbours are gone.
 
 The weights (ours) are what that sum must have to be proportional to the rise of the loss, measured on five shapes of
-2.8M parameters made from a 4.5M Llama and trained on 60k tokens. Before training a residual channel counts for still
-more, after much training it probably counts for less, so runners-up of other proportions are returned too.
+2.8M parameters made from a 4.5M Llama and trained on 60k tokens; on four others of 1.5M they put first what ends at
+3.14 and last what ends at 4.03, which equal weights would have chosen. Before training a residual channel counts for
+still more, after much training it probably counts for less, so runners-up of other proportions are returned too.
 
 D residual width, F FFN width, L layers, Q query heads, K kv heads, d head width; primes are of a candidate.
 """
