@@ -117,7 +117,8 @@ class HypercloneConfig:
     Attributes:
         factor: For residual width, FFN width and heads, where they are not given themselves.
         residual: Whole factor of the residual width.
-        ffn: Factor of the FFN width; any number from 1, rounded to a whole neuron.
+        ffn: Factor of the FFN width, any number from 1, rounded to a whole neuron; or, from the source's width on, the
+            width itself.
         heads: Whole factor of the query heads.
         kv_heads: ``scale`` with the query heads, ``same``, a whole factor, or ``auto``: scale, but for a single one.
         head_dim: Whole factor of a head's channels.

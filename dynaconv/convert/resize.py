@@ -16,6 +16,8 @@ from dynaconv.arch.surgery import Finish, Rewrite, Take, transform
 from dynaconv.artifacts.files import write_json
 from dynaconv.artifacts.tensors import TensorInfo
 
+LEFT_BEHIND = ("auto_map", "dynaconv")  # of an exported source: the dial does not survive another shape
+
 
 @dataclass(frozen=True)
 class Resize:
@@ -87,5 +89,5 @@ def write_resized(
         rewrite=resize.rewrite,
         finish=resize.finish,
     )
-    write_json(folder / CONFIG_FILE, dict(resize.config))
+    write_json(folder / CONFIG_FILE, {name: value for name, value in resize.config.items() if name not in LEFT_BEHIND})
     copy_side_files(checkpoint.folder, folder)
