@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dynaconv.arch.check import mismatches
 from dynaconv.arch.registry import family_for
 from dynaconv.arch.spec import Family, Slot
-from dynaconv.artifacts.files import storage_errors
+from dynaconv.artifacts.files import require_space, storage_errors
 from dynaconv.artifacts.tensors import CheckpointReader, TensorInfo
 from dynaconv.errors import CheckpointError
 
@@ -230,7 +230,9 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
         ArtifactError: The disk is full, read-only or not accessible.
     """
     copied = side_files(source)
-    with storage_errors(target):
+    needed = sum(path.stat().st_size for path in copied)
+    with storage_errors(target, needed=needed):
+        require_space(target, needed)
         for path in copied:
             shutil.copyfile(path, target / path.name)
     return [path.name for path in copied]

@@ -59,8 +59,8 @@ def storage_errors(path: Path, *, needed: int | None = None) -> Iterator[None]:
 
 def _translate(error: OSError, path: Path, needed: int | None) -> ArtifactError | None:
     where = error.filename or path
-    if error.errno in FULL:
-        return disk_full(Path(where), needed)
+    if error.errno in FULL:  # of a copy, it is the second file that does not fit
+        return disk_full(Path(error.filename2 or where), needed)
     if error.errno == errno.EROFS:
         return ArtifactError("the file system is read-only", where=where, hint="choose another folder with --out")
     if error.errno in FORBIDDEN:
