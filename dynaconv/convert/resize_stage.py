@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,6 +200,9 @@ class SubcloneStage(ResizeStage):
     def estimate(self, config: RunConfig, source: Dense) -> Estimate:
         """As its base; a shape that importance is to choose is guessed."""
         found = super().estimate(config, source)
+        if config.subclone.refit:
+            fitting = _refit_peak_bytes(Checkpoint.open(source), Checkpoint.open(self.resized(config, source)))
+            found = replace(found, peak_bytes=max(found.peak_bytes, fitting))
         if config.subclone.params is None:
             return found
         return replace(
@@ -292,8 +296,18 @@ def source_name(config: RunConfig) -> str:
     return Path(config.source).name if Path(config.source).exists() else config.source
 
 
+def _refit_peak_bytes(source: Checkpoint, result: Checkpoint) -> int:
+    """The larger of fitting the down and the attention output projection of a layer."""
+    from dynaconv.convert.refit import refit_peak_bytes
+
+    old, new = source.sizes, result.sizes
+    inputs = ((old["ffn"], new["ffn"]), (old["q_head"] * old["v_dim"], new["q_head"] * new["v_dim"]))
+    return max(refit_peak_bytes(*each, old["residual"], source.dtype.itemsize) for each in inputs)
+
+
 def _compare_peak_bytes(result: Checkpoint, tokens: int) -> int:
-    """One layer of the larger model in float32, pieces of heads, and the hidden states."""
-    layer = result.ffn_parameters + result.attention_parameters
+    """The largest projection, as stored and in float32, pieces of the heads, and the hidden states."""
+    inside = (slot for slot in result.slots.values() if slot.layer is not None)
+    projection = max(prod(slot.shape) for slot in inside)
     states = tokens * (12 * result.sizes["residual"] + 4 * result.sizes["ffn"])
-    return WORD * (layer + states) + 64 * 1024**2
+    return projection * (WORD + result.dtype.itemsize) + WORD * states + 64 * 1024**2
