@@ -15,7 +15,8 @@ from torch import Tensor
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.artifacts.files import read_json
 from dynaconv.artifacts.tensors import CheckpointReader
-from dynaconv.errors import ArtifactError, StaleArtifactError
+from dynaconv.convert.measured import require_same
+from dynaconv.errors import ArtifactError
 
 SUMMARY_FILE = "importance.json"
 TENSOR_FILE = "importance.safetensors"
@@ -82,18 +83,14 @@ class Importance:
 
 
 def _check_source(summary: Any, checkpoint: Checkpoint, folder: Path) -> None:
-    expected = {
-        "model_type": checkpoint.family.model_type,
-        "sizes": dict(checkpoint.sizes),
-        "layers": checkpoint.layers,
-    }
-    found = {field: summary.get(field) if isinstance(summary, dict) else None for field in expected}
-    differing = [field for field in expected if found[field] != expected[field]]
-    if differing:
-        raise StaleArtifactError(
-            "the importance was measured on another checkpoint than the one to be resized",
-            where=folder / SUMMARY_FILE,
-            expected=", ".join(f"{field} {expected[field]}" for field in differing),
-            found=", ".join(f"{field} {found[field]}" for field in differing),
-            hint="measure it again: --redo importance",
-        )
+    require_same(
+        summary,
+        {
+            "model_type": checkpoint.family.model_type,
+            "sizes": dict(checkpoint.sizes),
+            "layers": checkpoint.layers,
+        },
+        folder / SUMMARY_FILE,
+        what="the importance was measured on another checkpoint than the one to be resized",
+        hint="measure it again: --redo importance",
+    )

@@ -47,7 +47,13 @@ class Measured:
         """
         summary = read_json(folder / SUMMARY_FILE)
         edges = block_edges(checkpoint.sizes["ffn"], blocks)
-        _compare(summary, {"blocks": blocks, "layers": checkpoint.layers, "edges": list(edges)}, folder)
+        require_same(
+            summary,
+            {"blocks": blocks, "layers": checkpoint.layers, "edges": list(edges)},
+            folder / SUMMARY_FILE,
+            what="the statistics were measured on something else than what is to be carved",
+            hint="run profile again for these blocks: --redo profile",
+        )
         return cls(edges, checkpoint.layers, CheckpointReader.of_file(folder / TENSOR_FILE))
 
     def order(self, layer: int) -> Tensor:
@@ -76,14 +82,19 @@ class Measured:
         return self.reader.read(f"layers.{layer}.feature_gram"), self.reader.read(f"layers.{layer}.feature_target")
 
 
-def _compare(summary: Any, expected: Mapping[str, Any], folder: Path) -> None:
+def require_same(summary: Any, expected: Mapping[str, Any], where: Path, *, what: str, hint: str) -> None:
+    """Stops where the summary of a measurement, read from ``where``, is not of what is ``expected``.
+
+    Raises:
+        StaleArtifactError: Names the fields that differ.
+    """
     found = {field: summary.get(field) if isinstance(summary, dict) else None for field in expected}
     differing = [field for field in expected if found[field] != expected[field]]
     if differing:
         raise StaleArtifactError(
-            "the statistics were measured on something else than what is to be carved",
-            where=folder / SUMMARY_FILE,
+            what,
+            where=where,
             expected=", ".join(f"{field} {expected[field]}" for field in differing),
             found=", ".join(f"{field} {found[field]}" for field in differing),
-            hint="run profile again for these blocks: --redo profile",
+            hint=hint,
         )

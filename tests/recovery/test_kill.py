@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import fake_stages
 import pytest
 from fake_stages import FAKES, USUAL, FakeStage, contents, leftovers, make_config, make_source
+from killing import killed_after
 
 from dynaconv.artifacts.manifest import Manifest
 from dynaconv.artifacts.run import Run
@@ -24,8 +24,6 @@ from dynaconv.pipeline.runner import run_pipeline, status
 from dynaconv.progress import Progress
 
 PAUSE = 0.01
-# Calls after which the disk is in another state; a kill between any two of them is a case of its own.
-CALLS = ("rename", "replace", "unlink", "rmdir", "mkdir", "fsync")
 
 
 @pytest.fixture
@@ -62,34 +60,6 @@ def test_sigkill_at_random_instants(config: RunConfig, tmp_path: Path) -> None:
 
 class Killed(BaseException):
     """Stands in for SIGKILL: nothing after it may change the disk."""
-
-
-def killed_after(count: int, work: Callable[[], None]) -> bool:
-    """Runs ``work`` in a child that dies right after its call number ``count``; whether it got that far."""
-    child = os.fork()
-    if child == 0:
-        remaining = [count]
-
-        def dying(call: Callable[..., object]) -> Callable[..., object]:
-            def counted(*args: object, **kwargs: object) -> object:
-                result = call(*args, **kwargs)
-                remaining[0] -= 1
-                if remaining[0] == 0:
-                    os._exit(77)
-                return result
-
-            return counted
-
-        try:
-            for name in CALLS:
-                setattr(os, name, dying(getattr(os, name)))
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, 77)
-    return code == 77
 
 
 @pytest.mark.parametrize("redo", [None, "calibrate"], ids=["first time", "redo with other settings"])

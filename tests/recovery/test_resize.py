@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import make_checkpoint
 from fake_stages import contents, leftovers
+from killing import killed_after
 from small_disk import remount, small_disk
 
 from dynaconv.artifacts.run import Run
@@ -21,8 +20,6 @@ from dynaconv.pipeline.runner import run_pipeline
 from dynaconv.progress import Progress
 from dynaconv.recipes import compose
 
-CALLS = ("rename", "replace", "unlink", "rmdir", "mkdir")
-KILLED = 77
 ROOM = {"hyperclone": "200k", "subclone": "136k"}  # enough for what comes before the weights
 
 
@@ -49,35 +46,6 @@ def go(config: RunConfig, path: Path) -> None:
     run_pipeline(config, Run.create(path), progress=Progress(quiet=True))
 
 
-def killed_after(count: int, work: Callable[[], None]) -> bool:
-    """Runs ``work`` in a child that dies after so many writes and changes of the disk; whether it got that far."""
-    child = os.fork()
-    if child == 0:
-        left = [count]
-
-        def dying(call: Callable[..., object]) -> Callable[..., object]:
-            def counted(*args: object, **kwargs: object) -> object:
-                result = call(*args, **kwargs)
-                left[0] -= 1
-                if left[0] == 0:
-                    os._exit(KILLED)
-                return result
-
-            return counted
-
-        try:
-            for name in CALLS:
-                setattr(os, name, dying(getattr(os, name)))
-            CheckpointWriter.write_rows = dying(CheckpointWriter.write_rows)  # type: ignore[method-assign]
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, KILLED)
-    return code == KILLED
-
-
 @pytest.mark.parametrize("stage", ["hyperclone", "subclone"])
 def test_killed_at_random_instants_it_ends_with_the_same_bytes(
     stage: str, source: Path, text_file: Path, tmp_path: Path
@@ -88,7 +56,9 @@ def test_killed_at_random_instants_it_ends_with_the_same_bytes(
     chance, kills = random.Random(stage), 0
     for number in range(6):
         run = tmp_path / f"run-{number}"
-        kills += killed_after(chance.randrange(1, 40), lambda run=run: go(config, run))
+        kills += killed_after(
+            chance.randrange(1, 40), lambda run=run: go(config, run), (CheckpointWriter, "write_rows")
+        )
         go(config, run)
         assert contents(run) == expected
         assert leftovers(run) == []
