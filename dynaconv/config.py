@@ -15,11 +15,16 @@ class DataConfig:
 
     Attributes:
         train: A file, glob or folder of text, a ``.jsonl`` file, the name of a Hugging Face dataset, or
-            ``python-stdlib`` (the standard library's own source on this machine). A list mixes several.
-        validation: The same, for text that is never trained on. ``None`` holds documents of ``train`` out.
+            ``python-stdlib`` (the standard library's own source on this machine). A list pools several.
+        weights: Share of the training windows that each item of ``train`` gives, relative to each other: ``[7, 3]``.
+            An item with less text than its share asks for begins again. ``None`` makes one pool of all.
+        validation: Text that is never trained on, named like ``train``. ``None`` holds documents of ``train`` out.
         validation_share: Share of documents held out, by hash of their content, when ``validation`` is ``None``.
         exclude: Glob patterns; matching files are left out of ``train`` and ``validation``.
-        field: Text field of jsonl records and datasets.
+        field: Text field of jsonl records, parquet rows and datasets.
+        chat: Field of jsonl records, parquet rows and datasets that holds a conversation, usually ``messages``: a list
+            of ``{role, content}``. It is read instead of ``field`` and goes through the tokenizer's chat template;
+            only the assistant's answers are predicted. Text files stay text. ``None``: there are no conversations.
         dataset_config: Configuration name of a Hugging Face dataset.
         dataset_split: Split of a Hugging Face dataset that ``train`` is read from.
         sequence_length: Tokens in a window.
@@ -27,10 +32,12 @@ class DataConfig:
     """
 
     train: list[str] = field(default_factory=lambda: ["python-stdlib"])
+    weights: list[float] | None = None
     validation: list[str] | None = None
     validation_share: float = 0.05
     exclude: list[str] = field(default_factory=list)
     field: str = "text"
+    chat: str | None = None
     dataset_config: str | None = None
     dataset_split: str = "train"
     sequence_length: int = 256
@@ -242,6 +249,29 @@ class ExportConfig:
 
 
 @dataclass
+class EngineConfig:
+    """What training runs on. It changes how fast and in how much memory, not what comes out.
+
+    Attributes:
+        kind: ``torch``, or ``deepspeed``.
+        nproc: Processes, one a GPU; on each machine where there is a hostfile.
+        hostfile: The machines, as DeepSpeed's launcher reads them; ``None`` is this one.
+        zero_stage: What DeepSpeed spreads over ranks: 1 optimiser state, 2 gradients too, 3 weights too; 0 nothing.
+        offload_optimizer: Keep optimiser state in the machine's memory, and step there.
+        offload_parameters: Keep the weights there as well; ``zero_stage`` 3 only.
+        deepspeed_config: A JSON file of further DeepSpeed settings, none of which may contradict the recipe.
+    """
+
+    kind: str = "torch"
+    nproc: int = 1
+    hostfile: str | None = None
+    zero_stage: int = 1
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    deepspeed_config: str | None = None
+
+
+@dataclass
 class RunConfig:
     """Everything one run depends on.
 
@@ -258,6 +288,7 @@ class RunConfig:
     blocks: int = 8
     seed: int = 0
     trust_remote_code: bool = False
+    engine: EngineConfig = field(default_factory=EngineConfig)
     data: DataConfig = field(default_factory=DataConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     subclone: SubcloneConfig = field(default_factory=SubcloneConfig)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -84,6 +85,8 @@ class DynamicFFN(nn.Module):
         """Output for inputs (B, T, D), using of each token what the call's policy decides; OPT's are (B * T, D)."""
         policy, trace = current_policy(), current_trace()
         choice = policy.decide(self, x) if policy is not None else None
+        if choice is not None and getattr(policy, "scores_only", False):
+            return choice
         if trace is not None:
             trace.add(self.layer, self._widths(choice, x))
         if choice is None:
@@ -111,14 +114,20 @@ class DynamicFFN(nn.Module):
         on = choice
         if not choice.is_floating_point():
             on = choice[..., None] > torch.arange(self.blocks, device=x.device)
-        sizes = torch.tensor([b - a for a, b in zip(self.edges, self.edges[1:], strict=False)], device=x.device)
-        neurons = on.to(h.dtype).repeat_interleave(sizes, dim=-1, output_size=self.edges[-1])
-        return self._project(self.names.down, h * neurons)
+        return self._project(self.names.down, _multiplied(h, on.to(h.dtype), self.edges))
 
     def _widths(self, choice: Tensor | None, x: Tensor) -> Tensor:
         if choice is None:
             return torch.full(x.shape[:-1], self.blocks, dtype=torch.int64, device=x.device)
         return (choice > 0.5).sum(-1) if choice.is_floating_point() else choice
+
+
+def _multiplied(h: Tensor, on: Tensor, edges: Sequence[int]) -> Tensor:
+    """Activations ``h`` (..., F), each block times its entry of ``on`` (..., N)."""
+    sizes = [b - a for a, b in itertools.pairwise(edges)]
+    if len(set(sizes)) == 1:
+        return (h.unflatten(-1, (len(sizes), sizes[0])) * on[..., None]).flatten(-2)
+    return torch.cat([block * share for block, share in zip(h.split(sizes, -1), on.split(1, -1), strict=True)], -1)
 
 
 def _activation_name(owner: nn.Module, activation: Callable[[Tensor], Tensor]) -> str:

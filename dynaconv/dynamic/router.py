@@ -14,8 +14,7 @@ D residual width, N blocks.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +82,14 @@ class Router(nn.Module):
         return (-30.0, 40.0) if self.kind == "curve" else (0.0, 1.0 + 1e-6)
 
 
-def solve_level(router: Router, scores: Sequence[Tensor], budget: float, *, iterations: int = 40) -> float:
+def solve_level(
+    router: Router,
+    scores: Sequence[Tensor],
+    budget: float,
+    *,
+    iterations: int = 40,
+    mean: Callable[[Tensor], Tensor] = lambda one: one,
+) -> float:
     """The one level for all layers at which the mean active share over tokens and layers is ``budget``.
 
     Args:
@@ -91,11 +97,12 @@ def solve_level(router: Router, scores: Sequence[Tensor], budget: float, *, iter
         scores: Scores of each layer, (tokens,) or (tokens, N).
         budget: Active FFN share, in (0, 1].
         iterations: Bisection steps.
+        mean: Takes the mean over processes, where each has some of the tokens.
     """
     low, high = router.level_range()
     share = torch.tensor(router.edges, dtype=torch.float64, device=scores[0].device) / router.edges[-1]
     for _ in range(iterations):
         middle = (low + high) / 2
-        spent = math.fsum(share[router.widths(s, middle)].mean().item() for s in scores) / len(scores)
-        low, high = (middle, high) if spent < budget else (low, middle)
+        spent = mean(torch.stack([share[router.widths(s, middle)].mean() for s in scores]).mean())
+        low, high = (middle, high) if spent.item() < budget else (low, middle)
     return high

@@ -2,76 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from dynaconv.artifacts.tensors import read_tensors
+from dynaconv.artifacts.writer import write_tensors
 from dynaconv.config import FinetuneConfig
+from dynaconv.ranks import Ranks
+
+STATE_FILE = "engine.safetensors"
+BETAS = (0.9, 0.95)
 
 
 class Engine(Protocol):
-    """A model with its optimiser.
+    """A model with its optimiser, on one rank or several.
+
+    Gradients are averaged over ranks; a parameter that gets none counts as having a gradient of zero.
 
     Attributes:
-        model: The dynamic model.
+        kind: Which engine wrote a saved state.
+        model: What forward passes call: the network, or a wrapper around it.
+        network: The dynamic model itself.
         device: Where batches go.
+        ranks: The processes that train together.
     """
 
+    kind: str
     model: Any
+    network: Any
     device: torch.device
+    ranks: Ranks
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision that forward passes run in."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulates gradients of ``loss``."""
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulates gradients of ``loss``; ``last`` marks the step's final call."""
 
     def step(self, factor: float) -> dict[str, float]:
         """Clips, steps at ``factor`` times the peak learning rates, clears gradients.
 
         Returns:
-            Gradient norms before clipping, by parameter group.
+            ``gradient_norm``, over all parameters, before clipping.
         """
 
-    def state(self) -> dict[str, Tensor]:
-        """Weights and optimiser state by name."""
+    def save(self, folder: Path) -> None:
+        """Writes all that the next step depends on into ``folder``; every rank takes part."""
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave, exactly."""
+    def load(self, folder: Path) -> None:
+        """Restores what :meth:`save` wrote, exactly; every rank takes part."""
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter and saved buffer, whole, by the network's names; every rank goes through all of them."""
+
+
+def parameter_groups(network: Any, config: FinetuneConfig) -> list[dict[str, Any]]:
+    """AdamW's groups of the parameters that are trained: their names, peak learning rates and weight decay."""
+    routers = {id(p) for ffn in network.ffns() for p in ffn.router.parameters()}
+    named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    dims = {name: len(getattr(p, "ds_shape", p.shape)) for name, p in named}  # DeepSpeed may have taken p apart
+    groups = {
+        "weights": [(n, p) for n, p in named if id(p) not in routers and dims[n] > 1],
+        "vectors": [(n, p) for n, p in named if id(p) not in routers and dims[n] <= 1],
+        "routers": [(n, p) for n, p in named if id(p) in routers],
+    }
+    peaks = {"routers": config.router_learning_rate}
+    decays = {"weights": config.weight_decay}
+    return [
+        {
+            "params": [p for _, p in group],
+            "names": [n for n, _ in group],
+            "name": name,
+            "peak": peaks.get(name, config.learning_rate),
+            "weight_decay": decays.get(name, 0.0),
+        }
+        for name, group in groups.items()
+        if group
+    ]
 
 
 class TorchEngine:
-    """Plain torch on one device: AdamW with fp32 weights, forward passes in fp32 or under bf16 autocast."""
+    """Plain torch: AdamW with fp32 weights, forward passes in fp32 or under bf16 autocast; each rank has it all."""
 
-    def __init__(self, model: Any, config: FinetuneConfig, device: torch.device) -> None:
-        self.model, self.device, self.config = model.to(device), device, config
-        routers = {id(p) for ffn in model.ffns() for p in ffn.router.parameters()}
-        named = list(model.named_parameters())
-        groups = {
-            "weights": [(n, p) for n, p in named if id(p) not in routers and p.dim() > 1],
-            "vectors": [(n, p) for n, p in named if id(p) not in routers and p.dim() <= 1],
-            "routers": [(n, p) for n, p in named if id(p) in routers],
-        }
-        peaks = {"routers": config.router_learning_rate}
-        decays = {"weights": config.weight_decay}
-        self.optimizer = torch.optim.AdamW(
-            [
-                {
-                    "params": [p for _, p in group],
-                    "names": [n for n, _ in group],
-                    "name": name,
-                    "peak": peaks.get(name, config.learning_rate),
-                    "weight_decay": decays.get(name, 0.0),
-                }
-                for name, group in groups.items()
-                if group
-            ],
-            lr=config.learning_rate,
-            betas=(0.9, 0.95),
-        )
+    kind = "torch"
+
+    def __init__(self, network: Any, config: FinetuneConfig, ranks: Ranks) -> None:
+        self.model = self.network = network.to(ranks.device)
+        self.device, self.ranks, self.config = ranks.device, ranks, config
+        groups = parameter_groups(network, config)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=BETAS)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 autocast where the recipe asks for it."""
@@ -79,36 +103,38 @@ class TorchEngine:
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulates gradients of ``loss``."""
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulates gradients of ``loss``, and averages them over ranks at the ``last`` one."""
         loss.backward()
+        if last:
+            for _, parameter in self._named():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = self.ranks.mean(parameter.grad)
 
     def step(self, factor: float) -> dict[str, float]:
-        """One AdamW step; weights and routers are clipped apart."""
-        clipped: dict[str, list[Tensor]] = {"weights": [], "routers": []}
+        """One AdamW step."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-            clipped["routers" if group["name"] == "routers" else "weights"] += group["params"]
-        norms = {
-            name: float(torch.nn.utils.clip_grad_norm_(parameters, self.config.clip))
-            for name, parameters in clipped.items()
-            if any(p.grad is not None for p in parameters)
-        }
+        norm = torch.nn.utils.clip_grad_norm_([p for _, p in self._named()], self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norms
+        return {"gradient_norm": float(norm)}
 
-    def state(self) -> dict[str, Tensor]:
-        """``weight/<name>``, and ``<slot>/<name>`` of each AdamW slot."""
+    def save(self, folder: Path) -> None:
+        """``weight/<name>``, and ``<slot>/<name>`` of each AdamW slot, in one file."""
+        if not self.ranks.main:
+            return
         state: dict[str, Tensor] = {}
         for name, parameter in self._named():
             state[f"weight/{name}"] = parameter.detach()
             for slot, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"{slot}/{name}"] = value
-        return state
+        write_tensors(folder / STATE_FILE, {name: t.cpu().contiguous() for name, t in state.items()})
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restores weights and AdamW slots."""
+    def load(self, folder: Path) -> None:
+        """Restores weights and AdamW slots, at any number of ranks."""
+        state = read_tensors(folder / STATE_FILE)
         slots = {key.split("/", 1)[0] for key in state} - {"weight"}
         with torch.no_grad():
             for name, parameter in self._named():
@@ -120,7 +146,11 @@ class TorchEngine:
                         for slot, value in found.items()
                     }
 
-    def _named(self) -> list[tuple[str, torch.nn.Parameter]]:
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The state dict; nothing has to be gathered."""
+        yield from self.network.state_dict().items()
+
+    def _named(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
         return [
             (name, parameter)
             for group in self.optimizer.param_groups

@@ -27,6 +27,23 @@ from dynaconv.train.sampler import Draw, draw, rate
 DRIFT_GAIN = 0.2  # how much of the last step's difference between share spent and share asked is carried over
 
 
+@dataclass(frozen=True)
+class Micro:
+    """This rank's share of one micro-batch. Gradients and metrics are averaged over ranks.
+
+    Attributes:
+        batch: The windows.
+        tokens: Weight of means over its scored tokens: their share of the step's, times the number of ranks.
+        rows: Weight of means over its windows: one over the number of micro-batches.
+        last: Whether the step's backward passes end with it.
+    """
+
+    batch: Batch
+    tokens: float
+    rows: float
+    last: bool
+
+
 @dataclass
 class Trainer:
     """One fine-tuning run.
@@ -64,10 +81,11 @@ class Trainer:
         chosen = draw(self.config, self.seed, step, self.steps)
         batch = training_batch(self.windows, step, self.config.batch_size, self.seed)
         totals: dict[str, float] = {}
-        parts = [part.to(self.engine.device) for part in batch.split(self.config.accumulation)]
-        for part in parts:
-            for name, value in self._micro(part, chosen, len(parts)).items():
-                totals[name] = totals.get(name, 0.0) + value / len(parts)
+        for micro in self._shares(batch):
+            for name, value in self._micro(micro, chosen).items():
+                totals[name] = totals.get(name, 0.0) + value
+        means = self.engine.ranks.mean(torch.tensor([*totals.values()], dtype=torch.float64))
+        totals = dict(zip(totals, means.tolist(), strict=True))
         bad = [name for name, value in totals.items() if value != value or abs(value) == float("inf")]
         if bad:
             raise QualityError(
@@ -78,45 +96,60 @@ class Trainer:
         if chosen.routed:
             self.drift += DRIFT_GAIN * (totals["share_spent"] - chosen.budget)
         factor = rate(step, self.steps, self.config.warmup_steps)
-        norms = self.engine.step(factor)
-        totals |= {f"gradient_norm_{name}": norm for name, norm in norms.items()}
+        totals |= self.engine.step(factor)
         return totals | {"share_asked": chosen.budget, "rate": factor}
 
-    def _micro(self, batch: Batch, chosen: Draw, parts: int) -> dict[str, float]:
-        """Both passes of one micro-batch, gradients accumulated."""
-        full_weight = self.config.full_weight / parts
-        dial_weight = (1 - self.config.full_weight) / parts
+    def _shares(self, batch: Batch) -> list[Micro]:
+        """The step's micro-batches, of each the windows of this rank: the same in all for any number of ranks."""
+        ranks, scored = self.engine.ranks, max(1, int(batch.predicted.sum()))
+        parts = [part.rows(*ranks.rows(len(part.input_ids))) for part in batch.split(self.config.accumulation)]
+        return [
+            Micro(
+                batch=part.to(self.engine.device),
+                tokens=ranks.world * int(part.predicted.sum()) / scored,
+                rows=1 / len(parts),
+                last=place == len(parts),
+            )
+            for place, part in enumerate(parts, 1)
+        ]
+
+    def _micro(self, micro: Micro, chosen: Draw) -> dict[str, float]:
+        """Both passes of one micro-batch, gradients accumulated; its metrics, weighted."""
+        engine, batch = self.engine, micro.batch
+        full_weight, dial_weight = self.config.full_weight, 1 - self.config.full_weight
         mask = batch.predicted
         scored: Scored | Full = Scored() if chosen.routed else Full()
-        full_logits = self._logits(self.engine.model, batch, scored)
-        full_loss = cross_entropy(full_logits, batch.input_ids, mask)
-        self.engine.backward(full_weight * full_loss)
+        full_logits = self._logits(engine.model, batch, scored)
+        full_loss = cross_entropy(full_logits, batch.input_ids, mask) * micro.tokens
+        engine.backward(full_weight * full_loss, last=micro.last and not dial_weight)
         if not dial_weight:  # dense training: what the parent makes of the same tokens
-            return {"loss_full": full_loss.item(), "kl_dial": 0.0, "share_spent": 1.0}
+            return {"loss_full": full_loss.item(), "kl_dial": 0.0, "share_spent": micro.rows}
         teacher = full_logits.detach() if self.parent is None else self._parent_logits(batch)
         policy = self._policy(chosen, scored)
         with recording() as trace:
-            logits = self._logits(self.engine.model, batch, policy)
-        divergence = distillation(logits, teacher, mask)
+            logits = self._logits(engine.model, batch, policy)
+        divergence = distillation(logits, teacher, mask) * micro.tokens
         loss = dial_weight * divergence
         metrics = {"loss_full": full_loss.item(), "kl_dial": divergence.item()}
         if isinstance(policy, Labelled):
-            loss = loss + policy.loss() / parts
-            metrics["loss_router"] = policy.loss().item()
-        self.engine.backward(loss)
+            loss = loss + policy.loss() * micro.rows
+            metrics["loss_router"] = policy.loss().item() * micro.rows
+        engine.backward(loss, last=micro.last and not isinstance(policy, Gated))
         if isinstance(policy, Gated):
-            self.engine.backward(policy.centre(self.engine.model.ffns()))
-            metrics["score_deviation"] = torch.stack([s.detach().float() for s in policy.scores.values()]).std().item()
-        edges = self.engine.model.layout.edges
-        metrics["share_spent"] = spent_share({layer: widths[0] for layer, widths in trace.widths.items()}, edges)
-        return metrics
+            engine.backward(policy.centre(engine.network.ffns(), engine.ranks.mean), last=micro.last)
+            deviation = torch.stack([s.detach().float() for s in policy.scores.values()]).std().item()
+            metrics["score_deviation"] = deviation * micro.rows
+        edges = engine.network.layout.edges
+        spent = spent_share({layer: widths[0] for layer, widths in trace.widths.items()}, edges)
+        return metrics | {"share_spent": spent * micro.rows}
 
     def _policy(self, chosen: Draw, scored: Scored | Full) -> Policy:
-        layout = self.engine.model.layout
+        layout = self.engine.network.layout
         if not isinstance(scored, Scored):
             return Uniform(chosen.uniform_width(layout.blocks))
         ask = min(1.0, max(0.01, chosen.budget - self.drift))
-        level = solve_level(self.engine.model.ffns()[0].router, list(scored.scores.values()), ask)
+        router, mean = self.engine.network.ffns()[0].router, self.engine.ranks.mean
+        level = solve_level(router, list(scored.scores.values()), ask, mean=mean)
         if self.config.router == "gate":
             return Gated(level, self.config.temperature)
         return Labelled(level, self.config.theta)

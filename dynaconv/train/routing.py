@@ -8,12 +8,13 @@ B batch, T tokens, D residual width, F FFN width, N blocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dynaconv.dynamic.context import using
 from dynaconv.dynamic.curves import agreements, log_errors, relative_errors, width_by_cosine
 from dynaconv.dynamic.ffn import DynamicFFN
 
@@ -56,14 +57,29 @@ class Gated:
         soft = torch.sigmoid(distance / self.temperature)
         return (distance > 0).float() + soft - soft.detach()
 
-    def centre(self, ffns: list[DynamicFFN]) -> Tensor:
+    def centre(self, ffns: list[DynamicFFN], mean: Callable[[Tensor], Tensor] = lambda one: one) -> Tensor:
         """A loss whose gradient takes the mean over tokens and layers out of the routers' gradients.
 
         Only relative width matters: the budget fixes the mean. Call after the backward pass of the gated loss.
+
+        Args:
+            ffns: The model's FFNs.
+            mean: Takes the mean over ranks, each with as many tokens.
         """
         means = [score.grad.mean() for score in self.scores.values() if score.grad is not None]
-        mean = torch.stack(means).mean()
-        return torch.stack([(-mean * ffn.router(self.inputs[ffn.layer])).sum() for ffn in ffns]).sum()
+        common = mean(torch.stack(means).mean())
+        with using(Scoring()):  # called as modules, so that weights which an engine keeps in parts are whole
+            return torch.stack([(-common * ffn(self.inputs[ffn.layer])).sum() for ffn in ffns]).sum()
+
+
+class Scoring:
+    """Makes an FFN return its router's scores, and nothing else."""
+
+    scores_only = True
+
+    def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor:
+        """The scores."""
+        return ffn.router(x)
 
 
 class Labelled:

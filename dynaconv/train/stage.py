@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dynaconv.artifacts.files import require_space
 from dynaconv.config import FinetuneConfig, RunConfig
 from dynaconv.pipeline.stage import Dense, Estimate, Stage, StageContext
+from dynaconv.ranks import Ranks
 
 if TYPE_CHECKING:
     from dynaconv.data.windows import Windows
@@ -61,14 +62,14 @@ class FinetuneStage(Stage):
 
         config, tuning = context.config, context.config.finetune
         torch.manual_seed(config.seed)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        ranks = Ranks.single()
         model = routed_model(context.inputs["dynamic"], tuning)
         if tuning.gradient_checkpointing:
             # transformers 5.23 has a new name for it and warns at the old one
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-        engine = TorchEngine(model, tuning, device)
+        engine = TorchEngine(model, tuning, ranks)
         require_space(context.work, 2 * 12 * sum(p.numel() for p in model.parameters()))
-        parent = frozen_parent(context.inputs["parent"], device) if tuning.teacher == "parent" else None
+        parent = frozen_parent(context.inputs["parent"], ranks.device) if tuning.teacher == "parent" else None
         windows = training_windows(context, model.config.vocab_size, model.config.max_position_embeddings)
         trainer = Trainer(engine, tuning, windows, _steps(tuning, config), config.seed, parent)
         start = load_state(context.work, engine)

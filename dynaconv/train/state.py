@@ -1,13 +1,13 @@
 """Resumable state of a fine-tuning run: appears whole or not at all, holds all that the next step depends on.
 
-A state is one folder ``state-<step>`` with ``state.safetensors`` (weights, optimiser, random state) and ``state.json``.
+A state is one folder ``state-<step>``: what the engine saves, the random state of every rank, and ``state.json``.
 The data order and the dial are pure functions of seed and step, so the step is their state.
 """
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ import torch
 from dynaconv.artifacts.files import fsync_tree, read_json, storage_errors, write_json
 from dynaconv.artifacts.tensors import read_tensors
 from dynaconv.artifacts.writer import write_tensors
+from dynaconv.errors import ArtifactError
 from dynaconv.train.engine import Engine
 
 PREFIX = "state-"
@@ -36,32 +37,61 @@ class Position:
 
 
 def save_state(work: Path, engine: Engine, position: Position) -> None:
-    """Writes the state after ``position.step`` steps into ``work``, then removes older ones."""
+    """Writes the state after ``position.step`` steps into ``work``, then removes older ones. Every rank takes part."""
+    ranks = engine.ranks
     folder = work / f"{PREFIX}{position.step:08d}"
     partial = work / f".{folder.name}"
     with storage_errors(work):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        tensors = engine.state() | {"random/cpu": torch.get_rng_state()}
+        if ranks.main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        ranks.barrier()
+        engine.save(partial)
+        random = {"cpu": torch.get_rng_state()}
         if engine.device.type == "cuda":
-            tensors["random/cuda"] = torch.cuda.get_rng_state(engine.device)
-        write_tensors(partial / "state.safetensors", {name: t.cpu().contiguous() for name, t in tensors.items()})
-        write_json(partial / "state.json", vars(position))
-        fsync_tree(partial)
-        partial.rename(folder)
-    for old in work.glob(f"{PREFIX}*"):
-        if old != folder:
-            shutil.rmtree(old, ignore_errors=True)
+            random["cuda"] = torch.cuda.get_rng_state(engine.device)
+        write_tensors(partial / _random_file(ranks.rank), random)
+        ranks.barrier()
+        if ranks.main:
+            content = {"engine": engine.kind, "world": ranks.world, "position": asdict(position)}
+            write_json(partial / "state.json", content)
+            fsync_tree(partial)
+            partial.rename(folder)
+            for old in work.glob(f"{PREFIX}*"):
+                if old != folder:
+                    shutil.rmtree(old, ignore_errors=True)
+        ranks.barrier()
 
 
 def load_state(work: Path, engine: Engine) -> Position:
-    """Restores the newest state in ``work``; the beginning where there is none."""
+    """Restores the newest state in ``work``; the beginning where there is none. Every rank takes part.
+
+    Raises:
+        ArtifactError: Another engine, or another number of ranks where the engine cannot do with that, saved it.
+    """
     folders = sorted(work.glob(f"{PREFIX}*"))
     if not folders:
         return Position()
-    tensors = read_tensors(folders[-1] / "state.safetensors")
-    torch.set_rng_state(tensors.pop("random/cpu"))
-    if "random/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors.pop("random/cuda"), engine.device)
-    engine.load_state(tensors)
-    return Position(**read_json(folders[-1] / "state.json"))
+    saved = read_json(folders[-1] / "state.json")
+    engine_and_world = (saved["engine"], saved["world"])
+    same_world = saved["world"] == engine.ranks.world
+    if saved["engine"] != engine.kind or not (same_world or engine.kind == "torch"):
+        raise ArtifactError(
+            "the saved training state does not fit how training goes on now",
+            where=folders[-1],
+            expected="engine {}, {} rank(s)".format(*engine_and_world),
+            found=f"engine {engine.kind}, {engine.ranks.world} rank(s)",
+            hint="go on with that engine and number of ranks, or remove this folder to begin again",
+        )
+    engine.load(folders[-1])
+    own = folders[-1] / _random_file(engine.ranks.rank)
+    if same_world:
+        random = read_tensors(own)
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random and engine.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"], engine.device)
+    return Position(**saved["position"])
+
+
+def _random_file(rank: int) -> str:
+    return f"random-{rank:05d}.safetensors"
