@@ -17,6 +17,19 @@ from dynaconv.artifacts.files import read_json
 from dynaconv.cli.app import app
 
 Make = Callable[..., Path]
+TINY_RUN = (
+    "blocks=4",
+    "profile.tokens=512",
+    "finetune.tokens=1024",
+    "finetune.batch_size=4",
+    "finetune.wandb=off",
+    "calibrate.budgets=[0.5]",
+    "calibrate.tokens=512",
+    "calibrate.score_tokens=512",
+    "calibrate.speed_tokens=0",
+    "export.check=false",
+    "data.validation_share=0.3",
+)
 SMALL = ("importance.tokens=512", "data.sequence_length=64")
 
 
@@ -191,3 +204,29 @@ def test_a_carved_source_is_grown_as_the_plain_checkpoint_it_is(tmp_path: Path, 
     code, _, said = run("hyperclone", source, "--out", tmp_path / "run", "ffn=2")
     assert code == 0
     assert "routers and dial of the source stay behind" in said
+
+
+@pytest.mark.parametrize(
+    ("recipe", "wanted", "residual"),
+    [("subclone-then-nested", "subclone.ratio=0.5", 32), ("hyperclone-then-finetune", "hyperclone.factor=2", 128)],
+)
+def test_recipes_go_on_to_a_model_with_a_dial(
+    tmp_path: Path, tiny_checkpoint: Make, text_file: Path, recipe: str, wanted: str, residual: int
+) -> None:
+    source, out = tiny_checkpoint(heads=8, kv_heads=4), tmp_path / "run"
+    small = [*SMALL, *TINY_RUN, wanted, f"data={text_file}"]
+    if "hyperclone" in recipe:
+        small = [each for each in small if not each.startswith("importance")]
+    code, _, error = run("convert", source, "--out", out, "--recipe", recipe, *small)
+    assert code == 0, error
+    import dynaconv
+
+    (exported,) = out.glob("0?-export")
+    model = dynaconv.load(exported)
+    assert model.config.hidden_size == residual
+    assert model(torch.arange(30)[None], dial=0.5).logits.shape == (1, 30, 257)
+    frontier = read_json(exported / "frontier.json")
+    full = next(row for row in frontier["frontier"] if row["budget"] == 1)
+    assert frontier["parent"]["flops_per_token"] != pytest.approx(full["flops_per_token"], rel=0.2), (
+        "source, not result"
+    )
