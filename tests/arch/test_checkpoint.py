@@ -11,8 +11,13 @@ import pytest
 import torch
 
 from dynaconv.arch.checkpoint import Checkpoint, copy_side_files, side_files
+from dynaconv.arch.registry import known_families
+from dynaconv.arch.surgery import transform
 from dynaconv.artifacts.tensors import read_tensors, write_tensors
+from dynaconv.convert.compare import final_states
+from dynaconv.data.windows import Batch
 from dynaconv.errors import ArtifactError, CheckpointError, UnknownArchitectureError
+from dynaconv.profile.streaming import LayerStream
 
 Make = Callable[..., Path]
 
@@ -150,3 +155,29 @@ def test_truncated_shard_is_an_artifact_error(tiny_checkpoint: Make) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ArtifactError, match="truncated"):
         Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_names_of_old_checkpoints_are_completed(tmp_path: Path, tiny_checkpoint: Make, family: str) -> None:
+    """The first GPT-2 and OPT files were saved from the model without its head, and with its masks."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_checkpoint(family, tied=True)
+    tensors = read_tensors(folder / "model.safetensors")
+    prefix = known_families()[family].prefix
+    short = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    if family == "gpt2":
+        short["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+    write_tensors(folder / "model.safetensors", short)
+    checkpoint = Checkpoint.open(folder)
+    assert set(checkpoint.slots) == set(tensors)
+    transform(checkpoint, [], tmp_path / "out", shard_bytes=10**9)
+    written = read_tensors(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(written[name], tensors[name]) for name in tensors)
+    assert len(written) == len(tensors)
+    tokens = torch.arange(20)[None]
+    stock = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+    stream = LayerStream(checkpoint)
+    (hidden,) = final_states(stream, [Batch(tokens)])
+    logits = torch.cat([piece for _, piece in stream.logits_pieces(hidden.flatten(0, 1))], dim=1)
+    torch.testing.assert_close(logits, stock[0], atol=1e-5, rtol=1e-5)
