@@ -47,6 +47,7 @@ _POSITIVE_SHARE = Allowed("above 0 and at most 1", lambda value: 0 < value <= 1)
 _INNER_SHARE = Allowed("above 0 and below 1", lambda value: 0 < value < 1)
 _FROM_ONE = Allowed("a finite number of at least 1", lambda value: math.isfinite(value) and value >= 1)
 _TEXT = Allowed("not empty", lambda value: bool(value.strip()))
+_WEIGHTS = Allowed("finite numbers above 0", lambda value: bool(value) and all(map(_POSITIVE.holds, value)))
 _SOURCES = Allowed("at least one file, folder or name", lambda value: value and all(item.strip() for item in value))
 
 
@@ -70,7 +71,9 @@ ALLOWED: dict[str, Allowed] = {
     "data.train": _SOURCES,
     "data.validation": _or_null(_SOURCES),
     "data.validation_share": _INNER_SHARE,
+    "data.weights": _or_null(_WEIGHTS),
     "data.field": _TEXT,
+    "data.chat": _or_null(_TEXT),
     "data.dataset_split": _TEXT,
     "data.sequence_length": _whole(2),
     "profile.tokens": _whole(1),
@@ -146,6 +149,9 @@ def problems(config: RunConfig) -> list[str]:
 def _problems_between(config: RunConfig, wrong: Collection[str]) -> Iterator[str]:
     """Mistakes in how fields of the stages that run go together, leaving out fields ``wrong`` by themselves."""
     window, tune = config.data.sequence_length, config.finetune
+    weights, sources = config.data.weights, config.data.train
+    if weights is not None and not {"data.weights", "data.train"} & set(wrong) and len(weights) != len(sources):
+        yield f"data.weights has {len(weights)} numbers; it must have one for each of data.train ({len(sources)})"
     for name, tokens in (
         ("profile.tokens", config.profile.tokens),
         ("calibrate.tokens", config.calibrate.tokens),

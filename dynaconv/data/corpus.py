@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from dynaconv.config import DataConfig
+from dynaconv.data.conversation import require_template
 from dynaconv.data.digest import digest
-from dynaconv.data.split import split_documents
-from dynaconv.data.windows import PaddedWindows, Windows
+from dynaconv.data.encoding import Encoder, end_of_text
+from dynaconv.data.filling import Side, fill, require_enough
+from dynaconv.data.mixture import MixedWindows
+from dynaconv.data.split import split_sources
+from dynaconv.data.store import DiskStore, MemoryStore
+from dynaconv.data.tokenizer import tokenizer_digest
+from dynaconv.data.windows import Windows
 from dynaconv.errors import DataError
 
 __all__ = ["Corpus", "digest", "load_corpus"]
 
-BATCH = 1 << 18  # characters given to the tokenizer at once
-_LOWER = {
-    "training": "lower profile.tokens or finetune.tokens, or give more text with data=PATH|NAME",
-    "validation": "lower calibrate.tokens and calibrate.score_tokens, raise data.validation_share, "
-    "or give more text with data=PATH|NAME or data.validation",
-}
+FORMAT = 1  # of tokens on disk
+UINT16 = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,17 @@ def load_corpus(
     vocabulary: int | None = None,
     accept_less: bool = False,
     say: Callable[[str], None] | None = None,
+    folder: Path | None = None,
+    workers: int | None = None,
 ) -> Corpus:
     """Reads and tokenises as much of the text as is asked for; the same arguments give the same tokens.
 
     Documents follow each other in a hash's order, joined by the end-of-text token, so a smaller ``train_tokens`` is a
-    prefix and a fair sample of a larger one. The split does not depend on how much is asked for.
+    prefix and a fair sample of a larger one: whole documents, of which the last may be cut. Documents beyond it are
+    never seen, however many epochs there are. The split does not depend on how much is asked for.
 
     Args:
-        config: Where the text is, and how it is split and cut.
+        config: Where the text is, and how it is split, mixed and cut.
         tokenizer: A transformers tokenizer.
         train_tokens: Training tokens; ``None`` takes all there are, 0 none.
         validation_tokens: The same for the held-out side.
@@ -61,11 +65,49 @@ def load_corpus(
         vocabulary: Rows of the model's embedding.
         accept_less: Make do with one window on either side where there is less text than asked for, and say so.
         say: Told, a line each, what was left out or is missing; the log is told by default.
+        folder: Where training tokens are kept in files rather than in memory. Called again, by this process or
+            another at the same time, it takes what is there and goes on where an interruption left it.
+        workers: Processes that tokenise; ``None`` takes the cores there are. They change nothing but the time.
 
     Raises:
         DataError: Nothing was found, less than asked for or than one window, a missing field, a sequence longer than
-            the model's positions, or a token the model has no embedding for.
+            the model's positions, a token the model has no embedding for, or conversations without a chat template.
+        ArtifactError: ``folder`` cannot be written.
     """
+    _check_length(config, max_positions)
+    if config.chat is not None:
+        require_template(tokenizer)
+    if config.validation is None and config.validation_share == 0 and validation_tokens is None:
+        validation_tokens = 0
+    say = say or logging.getLogger("dynaconv").warning
+    longest = None if config.pack else config.sequence_length
+    encoder = Encoder(tokenizer, longest, config.chat is not None, vocabulary)
+    skipped: list[str] = []
+    train, validation = [], []
+    for index, source in enumerate(split_sources(config, skipped=skipped)):
+        held_out = 1.0 if source.weight == 0 else source.weight if config.validation is None else 0.0
+        store = MemoryStore() if folder is None else _on_disk(folder, index, config, encoder)
+        sides = {
+            False: Side("training", config, source.name, source.weight, train_tokens, store),
+            True: Side("validation", config, source.name, held_out, validation_tokens, MemoryStore()),
+        }
+        fill(source.documents, sides, encoder, workers)
+        train += [sides[False]] if source.weight else []
+        validation += [sides[True]] if held_out else []
+    if skipped:
+        names = ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else "")
+        say(f"data: {len(skipped)} files left out, not UTF-8 text: {names}")
+    unanswered = sum(side.store.amount.unanswered for side in train + validation)
+    if unanswered:
+        say(f"data: {unanswered} conversations left out, the assistant says nothing in them")
+    for sides_together in ([[side] for side in train], [validation]):
+        for some in sides_together:
+            require_enough(some, say if accept_less else None)
+    padding = (end_of_text(tokenizer) or [0])[0]
+    return Corpus(_mixed(train, padding), _mixed(validation, padding), digest(config))
+
+
+def _check_length(config: DataConfig, max_positions: int | None) -> None:
     if config.sequence_length < 2 or config.sequence_length > (max_positions or config.sequence_length):
         raise DataError(
             "the model cannot take sequences this long" if max_positions else "sequences need at least 2 tokens",
@@ -74,124 +116,21 @@ def load_corpus(
             found=config.sequence_length,
             hint=f"data.sequence_length={min(max_positions or 256, 256)}",
         )
-    if config.validation is None and config.validation_share == 0 and validation_tokens is None:
-        validation_tokens = 0
-    sides = {
-        False: _Side("training", config, tokenizer, train_tokens, vocabulary),
-        True: _Side("validation", config, tokenizer, validation_tokens, vocabulary),
-    }
-    skipped: list[str] = []
-    for held_out, document in split_documents(config, skipped=skipped):
-        sides[held_out].add(document.text)
-        if all(side.full for side in sides.values()):
-            break
-    say = say or logging.getLogger("dynaconv").warning
-    if skipped:
-        names = ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else "")
-        say(f"data: {len(skipped)} files left out, not UTF-8 text: {names}")
-    for side in sides.values():
-        side.tokenise()
-        side.check_amount(say if accept_less else None)
-    return Corpus(sides[False].windows(), sides[True].windows(), digest(config))
 
 
-class _Side:
-    """Tokens of one side of the split, gathered until there are enough."""
-
-    def __init__(
-        self, name: str, config: DataConfig, tokenizer: Any, wanted: int | None, vocabulary: int | None
-    ) -> None:
-        self.name, self.config, self.tokenizer, self.vocabulary = name, config, tokenizer, vocabulary
-        length = config.sequence_length
-        self.wanted = None if wanted is None else math.ceil(wanted / length) * length  # whole windows
-        self.end = _end_of_text(tokenizer)
-        self.documents: list[Tensor] = []
-        self.tokens = 0
-        self.pending: list[str] = []
-        self.pending_characters = 0
-
-    @property
-    def full(self) -> bool:
-        return self.wanted is not None and self.tokens >= self.wanted
-
-    def add(self, text: str) -> None:
-        if self.full:
-            return
-        self.pending.append(text)
-        self.pending_characters += len(text)
-        if self.pending_characters >= BATCH:
-            self.tokenise()
-
-    def tokenise(self) -> None:
-        if not self.pending:
-            return
-        encoded = self.tokenizer(
-            self.pending,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        for ids in encoded:
-            document = torch.tensor([*ids, *self.end], dtype=torch.int32)
-            self._check(document)
-            self.documents.append(document)
-            self.tokens += len(document) if self.config.pack else min(len(document), self.config.sequence_length)
-        self.pending, self.pending_characters = [], 0
-
-    def check_amount(self, say: Callable[[str], None] | None) -> None:
-        """Raises where there is too little; with ``say``, tells it as long as there is one window."""
-        least = self.config.sequence_length if self.config.pack else 1
-        wanted = max(least, self.wanted or 0)
-        if self.wanted == 0 or self.tokens >= wanted:
-            return
-        if say is not None and self.tokens >= least:
-            say(f"data: {wanted} {self.name} tokens asked for, making do with {self.tokens}")
-            return
-        specs = self.config.train if self.name == "training" else self.config.validation or self.config.train
-        one_window = wanted == least
-        raise DataError(
-            f"not enough {self.name} text" if self.tokens else f"no {self.name} text",
-            where=f"data={','.join(specs)}",
-            expected=f"{wanted} tokens" + (", one window," if one_window else "") + " or more",
-            found=f"{self.tokens} tokens",
-            hint="lower data.sequence_length, or give more text with data=PATH|NAME"
-            if one_window
-            else _LOWER[self.name],
-        )
-
-    def windows(self) -> Windows:
-        length = self.config.sequence_length
-        if not self.config.pack:
-            return PaddedWindows(self._whole_documents(), length, self.end[0] if self.end else 0)
-        stream = torch.cat(self.documents) if self.documents else torch.empty(0, dtype=torch.int32)
-        return Windows(stream[: self.wanted], length)
-
-    def _whole_documents(self) -> list[Tensor]:
-        """As many documents as reach the wanted tokens: the tokenizer's batches may have brought more."""
-        chosen, tokens = [], 0
-        for document in self.documents:
-            if self.wanted is not None and tokens >= self.wanted:
-                break
-            chosen.append(document)
-            tokens += min(len(document), self.config.sequence_length)
-        return chosen
-
-    def _check(self, document: Tensor) -> None:
-        largest = int(document.max()) if len(document) else 0
-        if self.vocabulary is not None and largest >= self.vocabulary:
-            raise DataError(
-                "the tokenizer is not this model's",
-                expected=f"token ids below {self.vocabulary}, the rows of the embedding",
-                found=f"token id {largest}",
-                hint="keep the tokenizer files that came with the checkpoint",
-            )
+def _on_disk(folder: Path, index: int, config: DataConfig, encoder: Encoder) -> DiskStore:
+    small = encoder.vocabulary is not None and encoder.vocabulary <= UINT16
+    identity = [digest(config), config.weights is not None, index, encoder.longest, encoder.chat, small]
+    record = json.dumps([FORMAT, tokenizer_digest(encoder.tokenizer), end_of_text(encoder.tokenizer), *identity])
+    key = hashlib.sha256(record.encode()).hexdigest()
+    return DiskStore(folder, f"train-{index}", key, small=small, lengths=not config.pack, scored=encoder.chat)
 
 
-def _end_of_text(tokenizer: Any) -> list[int]:
-    """The token that ends a document; none where the tokenizer has no end of text."""
-    for name in ("eos_token_id", "bos_token_id", "sep_token_id"):
-        found = getattr(tokenizer, name, None)
-        if found is not None:
-            return [int(found)]
-    return []
+def _mixed(sides: list[Side], padding: int) -> Windows:
+    """The windows of ``sides``, mixed by weight where there are several."""
+    windows = [side.windows(padding) for side in sides]
+    weights = [side.weight for side, own in zip(sides, windows, strict=True) if len(own)]
+    several = [own for own in windows if len(own)]
+    if len(several) > 1:
+        return MixedWindows(several, [weight / sum(weights) for weight in weights])
+    return [*several, *windows][0]

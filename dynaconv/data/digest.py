@@ -25,7 +25,9 @@ def digest(config: DataConfig) -> str:
         "train": _content(config.train, config, config.dataset_split),
         "validation": None if config.validation is None else _content(config.validation, config, "validation"),
     }
-    settings = {"field": config.field, "validation_share": config.validation_share}
+    settings: dict[str, object] = {"field": config.field, "validation_share": config.validation_share}
+    if config.chat is not None:
+        settings["chat"] = config.chat
     record = json.dumps({**sides, **settings}, sort_keys=True)
     return hashlib.sha256(record.encode()).hexdigest()
 

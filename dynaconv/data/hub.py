@@ -18,7 +18,7 @@ def documents(name: str, config: DataConfig, split: str) -> Iterator[Document]:
 
     Args:
         name: Name on the hub, optionally with the split behind a colon.
-        config: Says the dataset's configuration and the field of the text.
+        config: Says the dataset's configuration and the field of the text or conversation.
         split: Used when ``name`` says none.
 
     Raises:
@@ -38,9 +38,9 @@ def documents(name: str, config: DataConfig, split: str) -> Iterator[Document]:
             huggingface_hub.dataset_info(name, timeout=SECONDS_TO_ANSWER)
         rows = datasets.load_dataset(name, config.dataset_config, split=split, streaming=True)
         for index, row in enumerate(rows.shuffle(seed=0, buffer_size=SHUFFLE)):
-            text = text_of(row, config.field, where)
+            text = text_of(row, config.field, config.chat, where)
             if text.strip():
-                yield Document(f"{name}#{index}", text)
+                yield Document(f"{name}#{index}", text, config.chat is not None)
     except DataError:
         raise
     except Exception as error:  # the library and what it calls raise dozens of kinds

@@ -2,7 +2,7 @@
 
 A part is the unit of laziness. A file of any size is cut into parts without being read, parts are put in a fair order
 by the caller, and only as many are read as tokens are needed. Text files hold one document, or several separated by
-``<|endoftext|>``; ``.jsonl`` holds one a line; ``.parquet`` one a row.
+``<|endoftext|>``; ``.jsonl`` holds one a line; ``.parquet`` one a row. Records hold a text, or a conversation.
 """
 
 from __future__ import annotations
@@ -14,18 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from dynaconv.data.conversation import canonical
 from dynaconv.errors import DataError
 
 MARKER = "<|endoftext|>"  # separates documents in text dumps; never tokenised as text
 RANGE = 256 * 1024  # bytes in a part, and the longest document that stays whole
+ROWS = 1024  # of parquet decoded at once: a row group may be larger than memory likes
 LOOK_AHEAD = 64 * 1024  # bytes searched for a good place to cut; less than RANGE, so that cuts never cross
 
 
 class Document(NamedTuple):
-    """One text and a name that says where it is from."""
+    """One text and a name that says where it is from; of a conversation, the text is its canonical JSON."""
 
     name: str
     text: str
+    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,40 +75,53 @@ def parts_of(name: str, path: Path) -> Iterator[Part]:
         raise DataError("cannot read a text file", where=path, found=error.strerror) from error
 
 
-def read_part(part: Part, field: str) -> Iterator[Document]:
+def read_part(part: Part, field: str, chat: str | None = None) -> Iterator[Document]:
     """The documents of ``part`` in file order, empty ones left out.
 
+    Args:
+        part: What to read.
+        field: Field of records that holds the text.
+        chat: Field of records that holds a conversation, read instead of ``field``; ``None`` for none.
+
     Raises:
-        DataError: A record is not JSON or lacks ``field``; the file cannot be read.
+        DataError: A record is not JSON, lacks the field or holds something else in it; the file cannot be read.
         UnicodeDecodeError: The text is not UTF-8, or holds NUL bytes.
     """
+    records = part.path.suffix in (".parquet", ".jsonl")
     if part.path.suffix == ".parquet":
-        texts = _read_rows(part, field)
+        texts = _read_rows(part, field, chat)
     elif part.path.suffix == ".jsonl":
-        texts = _read_lines(part, field)
+        texts = _read_lines(part, field, chat)
     else:
         texts = iter(_decode(_bytes(part)).split(MARKER))
     for index, text in enumerate(texts):
         if text.strip():
-            yield Document(f"{part.name}@{part.start}#{index}", text)
+            yield Document(f"{part.name}@{part.start}#{index}", text, records and chat is not None)
 
 
-def text_of(record: Any, field: str, where: str) -> str:
-    """The text field of one jsonl record or dataset row; ``""`` where it is null.
+def text_of(record: Any, field: str, chat: str | None, where: str) -> str:
+    """The text of one jsonl record or dataset row, or its conversation as JSON; ``""`` where it is null.
 
     Raises:
-        DataError: No such field (lists those that are there), or it holds no text.
+        DataError: No such field (lists those that are there), or it holds something else.
     """
+    if chat is not None:
+        messages = _member(record, chat, "data.chat", where)
+        return canonical(messages, f"{where}, field {chat!r}") if messages else ""
+    text = _member(record, field, "data.field", where)
+    if text is not None and not isinstance(text, str):
+        raise DataError(f"field {field!r} holds no text", where=where, found=type(text).__name__, hint="set data.field")
+    return text or ""
+
+
+def _member(record: Any, field: str, setting: str, where: str) -> Any:
     if not isinstance(record, dict):
         raise DataError("a record is no JSON object", where=where, found=type(record).__name__)
     if field not in record:
         names = ", ".join(sorted(map(str, record))) or "none"
-        hint = "name one of them: data.field=NAME"
+        hint = f"name one of them: {setting}=NAME"
         raise DataError(f"no field {field!r} in the records", where=where, found=f"fields {names}", hint=hint)
-    text = record[field]
-    if text is not None and not isinstance(text, str):
-        raise DataError(f"field {field!r} holds no text", where=where, found=type(text).__name__, hint="set data.field")
-    return text or ""
+    return record[field]
 
 
 def _cut(file: BinaryIO, position: int, size: int, *, lines: bool) -> int:
@@ -145,7 +161,7 @@ def _decode(raw: bytes) -> str:
     return raw.decode("utf-8-sig").replace("\r\n", "\n")
 
 
-def _read_lines(part: Part, field: str) -> Iterator[str]:
+def _read_lines(part: Part, field: str, chat: str | None) -> Iterator[str]:
     offset = part.start
     for line in _bytes(part).split(b"\n"):
         if line.strip():
@@ -154,7 +170,7 @@ def _read_lines(part: Part, field: str) -> Iterator[str]:
             except ValueError as error:
                 where = f"{part.path}, line {_line_number(part.path, offset)}"
                 raise DataError("a line is not JSON", where=where, found=error) from error
-            yield text_of(record, field, str(part.path))
+            yield text_of(record, field, chat, str(part.path))
         offset += len(line) + 1
 
 
@@ -172,10 +188,11 @@ def _parquet(path: Path) -> Any:
         raise DataError("not a readable parquet file", where=path, found=error) from error
 
 
-def _read_rows(part: Part, field: str) -> Iterator[str]:
-    file = _parquet(part.path)
+def _read_rows(part: Part, field: str, chat: str | None) -> Iterator[str]:
+    file, column = _parquet(part.path), chat or field
     names = file.schema_arrow.names
-    if field not in names:
-        text_of(dict.fromkeys(names), field, str(part.path))
-    for row in file.read_row_group(part.start, columns=[field]).column(field).to_pylist():
-        yield text_of({field: row}, field, str(part.path))
+    if column not in names:
+        text_of(dict.fromkeys(names), field, chat, str(part.path))
+    for rows in file.iter_batches(ROWS, row_groups=[part.start], columns=[column]):
+        for row in rows.to_pylist():
+            yield text_of(row, field, chat, str(part.path))

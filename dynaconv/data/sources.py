@@ -63,7 +63,7 @@ def documents(
             local += found
     streams = [hub.documents(name, config, split or config.dataset_split) for name in names]
     if local:
-        streams.insert(0, _local_documents(local, config.field, [] if skipped is None else skipped))
+        streams.insert(0, _local_documents(local, config, [] if skipped is None else skipped))
     yield from _take_turns(streams)
 
 
@@ -93,11 +93,11 @@ def files(spec: str, exclude: Iterable[str] = ()) -> list[tuple[str, Path]] | No
     return kept
 
 
-def _local_documents(found: list[tuple[str, Path]], field: str, skipped: list[str]) -> Iterator[Document]:
+def _local_documents(found: list[tuple[str, Path]], config: DataConfig, skipped: list[str]) -> Iterator[Document]:
     parts: list[Part] = [part for name, path in found for part in parts_of(name, path)]
     for part in sorted(parts, key=lambda part: part.key):
         try:
-            yield from read_part(part, field)
+            yield from read_part(part, config.field, config.chat)
         except UnicodeDecodeError as error:
             if len(found) == 1:
                 raise DataError("not UTF-8 text", where=part.path, found=error.reason) from error

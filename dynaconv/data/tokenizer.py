@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +35,12 @@ def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> An
         raise CheckpointError("the tokenizer cannot be loaded", where=folder, found=found, hint=hint) from error
     finally:
         logging.set_verbosity(verbosity)
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Hex sha256 over what decides how ``tokenizer`` turns text and conversations into tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else [type(tokenizer).__name__, tokenizer.get_vocab()]
+    special = {str(name): str(token) for name, token in getattr(tokenizer, "special_tokens_map", {}).items()}
+    record = [rules, special, getattr(tokenizer, "chat_template", None)]
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

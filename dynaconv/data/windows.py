@@ -8,11 +8,13 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from dynaconv.errors import DataError
 
 IGNORED = -100  # label that transformers and torch leave out of a loss
 
@@ -24,17 +26,22 @@ class Batch:
     Attributes:
         input_ids: (B, T) int64.
         attention_mask: (B, T) bool, False on padding; ``None`` where nothing is padded.
+        loss_mask: (B, T) bool, False on tokens that are read but not to be predicted, such as a user's question;
+            ``None`` where all real tokens are.
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None = None
+    loss_mask: Tensor | None = None
 
     @property
     def labels(self) -> Tensor:
-        """``input_ids`` with padding replaced by -100, (B, T) int64; the model shifts them."""
-        if self.attention_mask is None:
-            return self.input_ids
-        return self.input_ids.masked_fill(~self.attention_mask, IGNORED)
+        """``input_ids`` with -100 where nothing is to be predicted, (B, T) int64; the model shifts them."""
+        labels = self.input_ids
+        for mask in (self.attention_mask, self.loss_mask):
+            if mask is not None:
+                labels = labels.masked_fill(~mask, IGNORED)
+        return labels
 
     @property
     def tokens(self) -> int:
@@ -43,15 +50,17 @@ class Batch:
 
     @property
     def predicted(self) -> Tensor:
-        """(B, T - 1) bool: positions whose next token is real, and so is scored."""
-        if self.attention_mask is None:
-            return torch.ones_like(self.input_ids[:, 1:], dtype=torch.bool)
-        return self.attention_mask[:, 1:] & self.attention_mask[:, :-1]
+        """(B, T - 1) bool: positions whose next token is real and to be predicted, and so is scored."""
+        predicted = torch.ones_like(self.input_ids[:, 1:], dtype=torch.bool)
+        if self.attention_mask is not None:
+            predicted &= self.attention_mask[:, 1:] & self.attention_mask[:, :-1]
+        if self.loss_mask is not None:
+            predicted &= self.loss_mask[:, 1:]
+        return predicted
 
     def rows(self, start: int, stop: int) -> Batch:
         """Windows ``[start, stop)`` of the batch: a micro-batch, or one process's share."""
-        mask = None if self.attention_mask is None else self.attention_mask[start:stop]
-        return Batch(self.input_ids[start:stop], mask)
+        return self._each(lambda tensor: tensor[start:stop])
 
     def split(self, parts: int) -> list[Batch]:
         """The batch in at most ``parts`` micro-batches of as equal a size as can be."""
@@ -60,8 +69,28 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on another device."""
-        mask = None if self.attention_mask is None else self.attention_mask.to(device)
-        return Batch(self.input_ids.to(device), mask)
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        masks = (None if mask is None else change(mask) for mask in (self.attention_mask, self.loss_mask))
+        return Batch(change(self.input_ids), *masks)
+
+
+def rank_rows(batch: Batch, rank: int, world: int) -> Batch:
+    """The windows of ``batch`` that rank ``rank`` of ``world`` takes; together they are all of them, each once.
+
+    Raises:
+        DataError: There are more ranks than windows.
+    """
+    count = len(batch.input_ids)
+    if world > count:
+        raise DataError(
+            "more ranks than sequences in a batch",
+            expected=f"at most {count} ranks, one sequence each",
+            found=f"{world} ranks",
+            hint="raise the batch size or start fewer processes",
+        )
+    return batch.rows(rank * count // world, (rank + 1) * count // world)
 
 
 class Windows:
@@ -71,13 +100,15 @@ class Windows:
     end into the beginning.
 
     Args:
-        tokens: (S,) int32, documents joined by the end-of-text token.
+        tokens: (S,) int32 or uint16, documents joined by the end-of-text token; may be a mapped file.
         length: T.
+        scored: (S,) bool, which tokens are to be predicted; ``None`` where all are.
     """
 
-    def __init__(self, tokens: Tensor, length: int) -> None:
+    def __init__(self, tokens: Tensor, length: int, scored: Tensor | None = None) -> None:
         self.tokens = tokens
         self.length = length
+        self.scored = scored
 
     def __len__(self) -> int:
         return len(self.tokens) // self.length
@@ -90,28 +121,45 @@ class Windows:
     def take(self, indices: Sequence[int] | Tensor, offsets: Sequence[int] | Tensor | int = 0) -> Batch:
         """The windows at ``indices`` (B,), of a grid shifted by ``offsets`` tokens (one for all, or (B,))."""
         starts = torch.as_tensor(indices) * self.length + torch.as_tensor(offsets)  # (B,)
-        positions = starts[:, None] + torch.arange(self.length)  # (B, T)
-        return Batch(self.tokens[positions % len(self.tokens)].long())
+        positions = (starts[:, None] + torch.arange(self.length)) % len(self.tokens)  # (B, T)
+        loss_mask = None if self.scored is None else self.scored[positions]
+        return Batch(self.tokens[positions].long(), None, loss_mask)
+
+    def drawn(self, places: Iterable[int], seed: int) -> Batch:
+        """The windows at ``places`` (from 0) of the training order that ``seed`` draws.
+
+        Windows are drawn without replacement within an epoch, in an order and on a grid offset drawn for each epoch
+        from (seed, epoch).
+        """
+        indices, offsets = [], []
+        for position in places:
+            epoch, place = divmod(position, len(self))
+            order, offset = _epoch(len(self), self.length, seed, epoch)
+            indices.append(int(order[place]))
+            offsets.append(offset)
+        return self.take(indices, offsets)
 
 
 class PaddedWindows(Windows):
-    """One document a window, cut to T tokens or padded.
+    """One document a window, padded to T tokens.
 
     Args:
-        documents: Token ids of each document.
+        tokens: (S,) int32 or uint16, the documents one behind the other, each cut to T tokens at most.
+        lengths: (N,) int64, tokens of each.
         length: T.
         padding: Token id that fills; masked wherever it stands for padding.
+        scored: (S,) bool, which tokens are to be predicted; ``None`` where all are.
     """
 
-    def __init__(self, documents: Sequence[Tensor], length: int, padding: int) -> None:
-        rows = torch.full((len(documents), length), padding, dtype=torch.int32)
-        for row, document in zip(rows, documents, strict=True):
-            row[: len(document)] = document[:length]
-        self.lengths = torch.tensor([min(len(document), length) for document in documents], dtype=torch.int64)
-        super().__init__(rows, length)
+    def __init__(
+        self, tokens: Tensor, lengths: Tensor, length: int, padding: int, scored: Tensor | None = None
+    ) -> None:
+        self.lengths, self.padding = lengths, padding
+        self.starts = lengths.cumsum(0) - lengths
+        super().__init__(tokens, length, scored)
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.lengths)
 
     @property
     def total_tokens(self) -> int:
@@ -121,23 +169,20 @@ class PaddedWindows(Windows):
     def take(self, indices: Sequence[int] | Tensor, offsets: Sequence[int] | Tensor | int = 0) -> Batch:
         """The documents at ``indices`` (B,); there is no grid to shift, so ``offsets`` change nothing."""
         chosen = torch.as_tensor(indices)
-        mask = torch.arange(self.length) < self.lengths[chosen, None]  # (B, T)
-        return Batch(self.tokens[chosen].long(), None if bool(mask.all()) else mask)
+        places = torch.arange(self.length)
+        mask = places < self.lengths[chosen, None]  # (B, T)
+        positions = (self.starts[chosen, None] + places).clamp(max=len(self.tokens) - 1)  # (B, T)
+        ids = self.tokens[positions].long().masked_fill(~mask, self.padding)
+        loss_mask = None if self.scored is None else self.scored[positions] & mask
+        return Batch(ids, None if bool(mask.all()) else mask, loss_mask)
 
 
 def training_batch(windows: Windows, step: int, batch_size: int, seed: int) -> Batch:
-    """Batch of training step ``step`` (from 0): a pure function of its arguments.
+    """Batch of training step ``step`` (from 0): a pure function of its arguments, so the step is all of its position.
 
-    Windows are drawn without replacement within an epoch, in an order and on a grid offset drawn for each epoch from
-    (seed, epoch). A batch may end one epoch and begin the next.
+    A batch may end one epoch and begin the next; see :meth:`Windows.drawn`.
     """
-    indices, offsets = [], []
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch, place = divmod(position, len(windows))
-        order, offset = _epoch(len(windows), windows.length, seed, epoch)
-        indices.append(int(order[place]))
-        offsets.append(offset)
-    return windows.take(indices, offsets)
+    return windows.drawn(range(step * batch_size, (step + 1) * batch_size), seed)
 
 
 def evaluation_batches(
@@ -160,7 +205,7 @@ def evaluation_batches(
         yield windows.take(chosen[first : first + batch_size])
 
 
-@functools.lru_cache(maxsize=4)  # an epoch's order is asked for at each of its steps
+@functools.lru_cache(maxsize=16)  # an epoch's order is asked for at each of its steps
 def _epoch(count: int, length: int, seed: int, epoch: int) -> tuple[Tensor, int]:
     """Order of ``count`` windows and the grid's offset in tokens, drawn for (seed, epoch)."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)

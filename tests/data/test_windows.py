@@ -69,8 +69,9 @@ def test_evaluation_takes_each_window_once_from_a_fixed_choice() -> None:
 
 
 def test_padding_is_masked_and_left_out_of_the_labels() -> None:
-    documents = [torch.arange(1, n + 1, dtype=torch.int32) for n in (3, LENGTH, LENGTH + 4)]
-    windows = PaddedWindows(documents, LENGTH, padding=0)
+    lengths = torch.tensor([3, LENGTH, LENGTH])
+    tokens = torch.cat([torch.arange(1, n + 1, dtype=torch.int32) for n in lengths])
+    windows = PaddedWindows(tokens, lengths, LENGTH, padding=0)
     batch = windows.take([0, 1, 2])
     assert batch.attention_mask is not None
     assert batch.attention_mask.sum(1).tolist() == [3, LENGTH, LENGTH]
