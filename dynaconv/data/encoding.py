@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
-import signal
-import threading
+import pickle
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -118,8 +117,8 @@ def encode_in_order(
     """Each batch's label and tokens, in order. Close the iterator when enough has been read of it.
 
     Args:
-        encoder: Turns a batch into tokens.
-        batches: Read a few batches ahead of what is returned where there are workers, never ahead without.
+        encoder: Turns a batch into tokens; one that cannot be pickled stays in this process.
+        batches: With workers, read ahead of what is returned by one batch for each; without, never ahead.
         workers: Processes; the first batches are encoded here, so that little text starts none. ``None`` takes the
             cores this process may use, 1 stays in this process.
 
@@ -132,44 +131,89 @@ def encode_in_order(
     more = next(batches, None)
     if more is None:
         return
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy locks that threads of ours hold
-    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_begin, initargs=(encoder,))
+    batches = itertools.chain([more], batches)
     try:
-        waiting: deque[tuple[Label, Future[Encoded]]] = deque()
-        for label, documents in itertools.chain([more], batches):
-            waiting.append((label, pool.submit(_encode, documents)))
-            if len(waiting) >= 2 * workers:
-                label, encoded = waiting.popleft()
-                yield label, encoded.result()
-        for label, encoded in waiting:
-            yield label, encoded.result()
-    except BrokenProcessPool as error:
-        hint = "look for a lack of memory; run the same command again: what is on disk is kept"
-        raise DataError("a process that tokenises text was killed", hint=hint) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+        pickled = pickle.dumps(encoder)
+    except (pickle.PicklingError, TypeError, AttributeError):
+        yield from ((label, encoder(documents)) for label, documents in batches)
+        return
+    with ExitStack() as stack:
+        processes = [stack.enter_context(Worker(pickled)) for _ in range(workers)]
+        waiting: deque[tuple[Label, Worker]] = deque()
+        for label, documents in batches:
+            if len(waiting) < workers:
+                worker = processes[len(waiting)]
+            else:
+                done, worker = waiting.popleft()
+                yield done, worker.result()
+            worker.send(documents)
+            waiting.append((label, worker))
+        for label, worker in waiting:
+            yield label, worker.result()
 
 
-_encoder: Encoder  # of a worker process
+class Worker:
+    """A process of its own that runs an encoder. It ends when this one does, however that comes about.
 
+    It is not one of ``multiprocessing``, which would run a user's script once more in every process.
 
-def _begin(encoder: Encoder) -> None:
-    global _encoder
-    _encoder = encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too and ends us
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this process is the parallelism
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    Args:
+        encoder: A pickled :class:`Encoder`.
+    """
 
+    def __init__(self, encoder: bytes) -> None:
+        path = os.pathsep.join(part for part in sys.path if part)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "dynaconv.data.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},  # it is the parallelism
+            process_group=0,  # so that Ctrl-C is ours alone to hear
+        )
+        self._write(encoder)
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    def __enter__(self) -> Worker:
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        with suppress(BrokenPipeError), self.process:  # waits, and closes the pipes
+            pass
 
-def _encode(documents: list[Document]) -> Encoded:
-    return _encoder(documents)
+    def send(self, documents: Sequence[Document]) -> None:
+        """Gives it a batch; it must have none."""
+        self._write(pickle.dumps(documents))
+
+    def result(self) -> Encoded:
+        """Waits for what it made of the batch it was given.
+
+        Raises:
+            DataError: The batch is bad, or the process was killed.
+        """
+        assert self.process.stdout is not None
+        try:
+            answer = pickle.load(self.process.stdout)
+        except (EOFError, pickle.UnpicklingError) as error:
+            raise self._killed() from error
+        if isinstance(answer, Exception):
+            raise answer
+        assert isinstance(answer, Encoded)
+        return answer
+
+    def _write(self, content: bytes) -> None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(content)
+            self.process.stdin.flush()
+        except BrokenPipeError as error:
+            raise self._killed() from error
+
+    def _killed(self) -> DataError:
+        return DataError(
+            "a process that tokenises text was killed",
+            found=f"exit status {self.process.wait()}",
+            hint="look for a lack of memory; run the same command again: what is on disk is kept",
+        )
 
 
 def _cores() -> int:
