@@ -131,6 +131,9 @@ ALLOWED: dict[str, Allowed] = {
     "calibrate.tolerance": _INNER_SHARE,
     "calibrate.speed_tokens": _whole(0),
     "export.target": _one_of("hf"),
+    "engine.kind": _one_of("torch", "deepspeed"),
+    "engine.nproc": _whole(1),
+    "engine.zero_stage": _whole(0, 3),
 }
 
 
@@ -143,7 +146,23 @@ def problems(config: RunConfig) -> list[str]:
             near = difflib.get_close_matches(str(value), allowed.choices, n=1)
             wrong[name] = f"{name} is {value!r}; it must be {allowed.words}" + (f" ({near[0]!r}?)" if near else "")
     between = _problems_between(config, wrong) if "data.sequence_length" not in wrong else []
-    return [*wrong.values(), *between]
+    return [*wrong.values(), *between, *_engine_problems(config)]
+
+
+def _engine_problems(config: RunConfig) -> Iterator[str]:
+    """What of DeepSpeed is asked for and cannot be."""
+    engine = config.engine
+    asked = {
+        "offload_optimizer": engine.offload_optimizer,
+        "offload_parameters": engine.offload_parameters,
+        "deepspeed_config": engine.deepspeed_config is not None,
+    }
+    if engine.kind == "torch":
+        yield from (f"engine.{name} needs engine.kind=deepspeed" for name, wanted in asked.items() if wanted)
+    elif engine.offload_optimizer and engine.zero_stage == 0:
+        yield "engine.offload_optimizer needs engine.zero_stage of 1, 2 or 3"
+    if engine.offload_parameters and not (engine.zero_stage == 3 and engine.offload_optimizer):
+        yield "engine.offload_parameters needs engine.zero_stage=3 and engine.offload_optimizer=true"
 
 
 def _problems_between(config: RunConfig, wrong: Collection[str]) -> Iterator[str]:
@@ -167,6 +186,20 @@ def _problems_between(config: RunConfig, wrong: Collection[str]) -> Iterator[str
         yield f"finetune.tokens is {tune.tokens}; it must be at least one batch ({batch})"
     if tune.batch_size % tune.accumulation:
         yield f"finetune.accumulation is {tune.accumulation}; it must divide finetune.batch_size ({tune.batch_size})"
+    elif "engine.nproc" not in wrong and (unlike := uneven(config, config.engine.nproc)):
+        yield f"engine.nproc: {unlike}"
+
+
+def uneven(config: RunConfig, world: int) -> str | None:
+    """What is wrong with ``world`` processes for the fine-tuning's batch; ``None`` where each gets as much of it."""
+    tuning = config.finetune
+    sequences = tuning.batch_size // tuning.accumulation
+    if sequences % world == 0:
+        return None
+    parts = f"{tuning.batch_size} sequences in {tuning.accumulation} micro-batches"
+    if sequences < world:
+        return f"{world} processes, and a micro-batch of {sequences} sequences (finetune: {parts}): some would get none"
+    return f"{world} processes do not divide a micro-batch of {sequences} sequences (finetune: {parts})"
 
 
 def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

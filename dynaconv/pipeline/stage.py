@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from dynaconv.config import RunConfig
 from dynaconv.progress import Progress
+from dynaconv.ranks import Ranks
 
 if TYPE_CHECKING:
     from dynaconv.arch.checkpoint import Checkpoint
@@ -63,6 +64,7 @@ class StageContext:
         work: Folder that outlives an interruption, for resumable state; removed once the stage is published.
         progress: The one progress display.
         log: Logger that also writes ``logs/<stage>.log``.
+        ranks: The processes that run the stage together; only rank 0 writes to ``folder`` and shows progress.
     """
 
     config: RunConfig
@@ -71,6 +73,7 @@ class StageContext:
     work: Path
     progress: Progress
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("dynaconv"))
+    ranks: Ranks = field(default_factory=Ranks.single)
 
     @property
     def logs(self) -> Path:
@@ -87,6 +90,7 @@ class Stage(ABC):
         produces: Kind it makes.
         invalidates: Kinds that no longer describe the newest checkpoint once this stage has run.
         sections: Fields of :class:`RunConfig` that its result depends on; they enter the fingerprint.
+        distributed: Whether :meth:`run` takes part on every rank; otherwise rank 0 runs it alone.
         library_bytes: Resident size of Python and the libraries it imports, before any tensor.
         unfingerprinted: Dotted fields within ``sections`` that change how, not what (``finetune.save_every``).
     """
@@ -96,6 +100,7 @@ class Stage(ABC):
     produces: ClassVar[str]
     invalidates: ClassVar[tuple[str, ...]] = ()
     sections: ClassVar[tuple[str, ...]]
+    distributed: ClassVar[bool] = False
     library_bytes: ClassVar[int] = INTERPRETER_BYTES
     unfingerprinted: ClassVar[tuple[str, ...]] = ()
 

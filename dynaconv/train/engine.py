@@ -12,8 +12,10 @@ from torch import Tensor
 
 from dynaconv.artifacts.tensors import read_tensors
 from dynaconv.artifacts.writer import write_tensors
-from dynaconv.config import FinetuneConfig
+from dynaconv.config import FinetuneConfig, RunConfig
+from dynaconv.errors import ConfigError
 from dynaconv.ranks import Ranks
+from dynaconv.rules import uneven
 
 STATE_FILE = "engine.safetensors"
 BETAS = (0.9, 0.95)
@@ -59,6 +61,23 @@ class Engine(Protocol):
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter and saved buffer, whole, by the network's names; every rank goes through all of them."""
+
+
+def build_engine(network: Any, config: RunConfig, ranks: Ranks) -> Engine:
+    """The engine that ``config`` asks for, with ``network`` in it.
+
+    Raises:
+        ConfigError: There are more ranks than a micro-batch has sequences, or some would get more than others;
+            DeepSpeed is not installed, or its own settings contradict the recipe.
+    """
+    wrong = uneven(config, ranks.world)
+    if wrong:
+        raise ConfigError(wrong)
+    if config.engine.kind == "deepspeed":
+        from dynaconv.train.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(network, config, ranks)
+    return TorchEngine(network, config.finetune, ranks)
 
 
 def parameter_groups(network: Any, config: FinetuneConfig) -> list[dict[str, Any]]:

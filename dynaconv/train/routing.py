@@ -68,8 +68,10 @@ class Gated:
         """
         means = [score.grad.mean() for score in self.scores.values() if score.grad is not None]
         common = mean(torch.stack(means).mean())
-        with using(Scoring()):  # called as modules, so that weights which an engine keeps in parts are whole
-            return torch.stack([(-common * ffn(self.inputs[ffn.layer])).sum() for ffn in ffns]).sum()
+        # Called as modules, with inputs that want a gradient: ZeRO 3 gathers weights, and drops them, by those.
+        with using(Scoring()):
+            scores = [ffn(self.inputs[ffn.layer].requires_grad_()) for ffn in ffns]
+        return torch.stack([(-common * score).sum() for score in scores]).sum()
 
 
 class Scoring:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from dynaconv.artifacts.files import require_space
 from dynaconv.config import FinetuneConfig, RunConfig
 from dynaconv.pipeline.stage import Dense, Estimate, Stage, StageContext
-from dynaconv.ranks import Ranks
 
 if TYPE_CHECKING:
     from dynaconv.data.windows import Windows
+    from dynaconv.train.engine import Engine
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -27,6 +27,7 @@ class FinetuneStage(Stage):
     consumes = ("parent", "dynamic")
     produces = "dynamic"
     invalidates = ("dials",)
+    distributed = True
     sections = ("seed", "data", "finetune")
     unfingerprinted = ("finetune.save_every", "finetune.wandb")
 
@@ -55,20 +56,22 @@ class FinetuneStage(Stage):
         """Trains from the last saved state to the end, then writes the checkpoint."""
         import torch
 
-        from dynaconv.train.engine import TorchEngine
+        from dynaconv.train.engine import build_engine
         from dynaconv.train.loop import Trainer
         from dynaconv.train.state import Position, load_state, save_state
         from dynaconv.train.tracking import Tracker
 
         config, tuning = context.config, context.config.finetune
         torch.manual_seed(config.seed)
-        ranks = Ranks.single()
+        ranks = context.ranks
         model = routed_model(context.inputs["dynamic"], tuning)
         if tuning.gradient_checkpointing:
             # transformers 5.23 has a new name for it and warns at the old one
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-        engine = TorchEngine(model, tuning, ranks)
+        if not ranks.main:
+            torch.manual_seed(config.seed + (ranks.rank << 32))  # another dropout on each rank
         require_space(context.work, 2 * 12 * sum(p.numel() for p in model.parameters()))
+        engine = build_engine(model, config, ranks)
         parent = frozen_parent(context.inputs["parent"], ranks.device) if tuning.teacher == "parent" else None
         windows = training_windows(context, model.config.vocab_size, model.config.max_position_embeddings)
         trainer = Trainer(engine, tuning, windows, _steps(tuning, config), config.seed, parent)
@@ -76,7 +79,7 @@ class FinetuneStage(Stage):
         trainer.drift = start.drift
         if start.step:
             context.log.info("resuming after step %d of %d", start.step, trainer.steps)
-        tracker = Tracker(
+        tracker = ranks.main and Tracker(
             context.work / METRICS_FILE,
             mode=tuning.wandb,
             folder=context.logs,
@@ -90,16 +93,18 @@ class FinetuneStage(Stage):
 
             def finished(step: int, metrics: dict[str, float]) -> None:
                 last.update(metrics)
-                tracker.log(step, metrics)
+                if tracker:
+                    tracker.log(step, metrics)
                 task.advance(1, tokens=tokens, note=f"loss {metrics['loss_full']:.3f} kl {metrics['kl_dial']:.3f}")
                 if (step + 1) % tuning.save_every == 0 and step + 1 < trainer.steps:
                     elapsed = start.seconds + time.monotonic() - begun
                     save_state(context.work, engine, Position(step + 1, trainer.drift, elapsed))
 
             trainer.run(start.step, finished)
-        tracker.close()
+        if tracker:
+            tracker.close()
         seconds = start.seconds + time.monotonic() - begun
-        write_checkpoint(model, context, tuning)
+        write_checkpoint(engine, context)
         metrics: dict[str, Any] = {name: last[name] for name in ("loss_full", "kl_dial") if name in last}
         return metrics | {
             "steps": trainer.steps,
@@ -170,23 +175,42 @@ def frozen_parent(folder: Path, device: Any) -> Any:
     return parent.requires_grad_(False)
 
 
-def write_checkpoint(model: Any, context: StageContext, tuning: FinetuneConfig) -> None:
-    """The tuned tensors under the parent's names and dtypes, routers and layout beside them."""
+def write_checkpoint(engine: Engine, context: StageContext) -> None:
+    """The tuned tensors under the parent's names and dtypes, routers and layout beside them. Every rank takes part."""
+    if not engine.ranks.main:
+        for _ in engine.weights():  # hands over this rank's parts
+            pass
+        return
     from dynaconv.arch.checkpoint import Checkpoint, copy_side_files
     from dynaconv.arch.stock import stock_names
     from dynaconv.artifacts.writer import CheckpointWriter, write_tensors
     from dynaconv.dynamic.layout import ROUTER_FILE
 
-    carved, folder = context.inputs["dynamic"], context.folder
-    checkpoint, state = Checkpoint.open(carved), model.dense_state()
-    names = stock_names(checkpoint, model)
+    carved, folder, model = context.inputs["dynamic"], context.folder, engine.network
+    checkpoint, routers = Checkpoint.open(carved), router_names(model)
     layout = [(info.name, info.dtype, info.shape) for info in checkpoint.reader.tensors.values()]
+    names = stock_names(checkpoint, model)
+    tuned = {}
     with CheckpointWriter(folder, layout, shard_bytes=context.config.carve.shard_bytes) as writer:
-        for name, dtype, _ in layout:
-            writer.write(name, state[names[name]].detach().to("cpu", dtype))
+        for name, tensor in engine.weights():
+            for stored, dtype, _ in layout:
+                if names[stored] == name:
+                    writer.write(stored, tensor.to("cpu", dtype))
+            if name in routers:
+                tuned[routers[name]] = tensor.cpu().clone()
     copy_side_files(carved, folder)
     shutil.copyfile(carved / "config.json", folder / "config.json")
     model.layout.save(folder)
     if model.layout.router.kind != "none":
-        write_tensors(folder / ROUTER_FILE, {name: t.cpu() for name, t in model.router_state().items()})
+        write_tensors(folder / ROUTER_FILE, tuned)
     shutil.copy(context.work / METRICS_FILE, folder / METRICS_FILE)
+
+
+def router_names(model: Any) -> dict[str, str]:
+    """What :meth:`router_state` calls the router parameters, by the model's own names."""
+    places = {id(module): name for name, module in model.named_modules()}
+    return {
+        f"{places[id(ffn)]}.router.{name}": f"layers.{ffn.layer}.router.{name}"
+        for ffn in model.ffns()
+        for name, _ in ffn.router.named_parameters()
+    }
