@@ -163,6 +163,45 @@ class CarveConfig:
 
 
 @dataclass
+class LossConfig:
+    """How much one loss weighs, and from when on.
+
+    Attributes:
+        weight: What it is multiplied by; 0 leaves it out.
+        after: Share of the steps for which it is left out.
+        ramp: Share of the steps over which it then rises from nothing, in a straight line.
+    """
+
+    weight: float = 0.0
+    after: float = 0.0
+    ramp: float = 0.0
+
+
+@dataclass
+class LossesConfig:
+    """What fine-tuning minimises: the weighted sum of these. Each is logged by its own name.
+
+    A step runs the full dial and one sampled dial, forward and backward; ``teacher=parent`` or ``distill_full`` adds a
+    forward pass of the parent, ``consistency`` one of the model. A pass that no loss needs is left out.
+
+    Attributes:
+        full: Cross-entropy at the full dial.
+        dial: Cross-entropy at the sampled dial.
+        distill: KL(teacher || sampled dial).
+        distill_full: KL(parent || full dial): holds the full dial to the parent.
+        router: What ``curve`` and ``class`` routers learn from; ``gate`` routers learn from the losses at the dial.
+        consistency: KL(higher dial || sampled dial) of a second, higher dial on the same batch.
+    """
+
+    full: LossConfig = field(default_factory=lambda: LossConfig(0.5))
+    dial: LossConfig = field(default_factory=LossConfig)
+    distill: LossConfig = field(default_factory=lambda: LossConfig(0.5))
+    distill_full: LossConfig = field(default_factory=LossConfig)
+    router: LossConfig = field(default_factory=lambda: LossConfig(1.0))
+    consistency: LossConfig = field(default_factory=LossConfig)
+
+
+@dataclass
 class FinetuneConfig:
     """Weights and routers at sampled budgets.
 
@@ -171,16 +210,26 @@ class FinetuneConfig:
         batch_size: Windows in one optimiser step.
         accumulation: Micro-batches a step is cut into.
         router: Target of the routers: ``gate`` (end to end), ``curve``, ``class``, or ``uniform`` (no router).
+        trainable: ``all``; ``ffn`` (FFNs and routers), ``routers`` (the full dial stays the parent's own function), or
+            ``lora`` (routers, and adapters of low rank that are merged into the weights at the end).
+        lora_rank: Rank of the adapters.
+        lora_alpha: Their output is multiplied by this over the rank.
         teacher: ``self`` (the model's own full dial) or ``parent`` (the frozen dense checkpoint).
+        losses: What is minimised.
         learning_rate: Peak for the weights.
         router_learning_rate: Peak for the routers.
         warmup_steps: Linear warm-up; cosine decay to zero follows.
         weight_decay: Decoupled weight decay on weight matrices.
-        clip: Largest gradient norm, of the weights and of the routers each.
-        uniform_share: Share of the steps, at the start, in which all tokens get the same width.
+        clip: Largest gradient norm.
+        explosion: Stop when a step's loss is so many nats above the mean of the 50 before it.
+        full_share: Share of the steps, drawn at random, that train the full dial only.
+        uniform_share: Share of the steps, at the start, in which all tokens get the same width; none where only
+            ``routers`` train.
         budgets: Lowest and highest budget sampled.
-        full_weight: Weight of the full dial's cross-entropy; the dial's distillation has the rest. With ``uniform``,
-            1 is plain dense training.
+        distribution: Of the budgets between the two: ``uniform``, ``low`` (uniform in the logarithm: low ones are
+            more frequent) or ``high`` (the mirror image).
+        anchor: The one budget trained at towards the end; ``null`` samples all along.
+        anchor_after: Share of the steps after which it is.
         router_rank: Hidden width of a router; ``0`` takes D / 16 rounded up to a multiple of 64.
         bound: Largest say of a ``gate`` router, in blocks to either side of the common level.
         temperature: Width of the straight-through sigmoid, in blocks.
@@ -188,6 +237,7 @@ class FinetuneConfig:
         precision: ``fp32`` or ``bf16``.
         gradient_checkpointing: Recompute activations in the backward pass.
         save_every: Steps between resumable states.
+        statistics_every: Steps between statistics of the routers; ``0`` leaves them out.
         wandb: ``auto`` (online with a key, offline without), ``offline`` or ``off``.
     """
 
@@ -195,15 +245,23 @@ class FinetuneConfig:
     batch_size: int = 16
     accumulation: int = 1
     router: str = "gate"
+    trainable: str = "all"
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
     teacher: str = "self"
+    losses: LossesConfig = field(default_factory=LossesConfig)
     learning_rate: float = 6e-4
     router_learning_rate: float = 1e-3
     warmup_steps: int = 20
     weight_decay: float = 0.0
     clip: float = 1.0
+    explosion: float = 3.0
+    full_share: float = 0.0
     uniform_share: float = 0.4
     budgets: list[float] = field(default_factory=lambda: [0.15, 0.75])
-    full_weight: float = 0.5
+    distribution: str = "uniform"
+    anchor: float | None = None
+    anchor_after: float = 0.9
     router_rank: int = 0
     bound: float = 3.0
     temperature: float = 1.0
@@ -211,6 +269,7 @@ class FinetuneConfig:
     precision: str = "fp32"
     gradient_checkpointing: bool = False
     save_every: int = 50
+    statistics_every: int = 50
     wandb: str = "auto"
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, is_dataclass
 from itertools import pairwise
 from typing import Any
 
-from dynaconv.config import RunConfig
+from dynaconv.config import FinetuneConfig, LossesConfig, RunConfig
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,12 @@ ALLOWED: dict[str, Allowed] = {
     "finetune.batch_size": _whole(1),
     "finetune.accumulation": _whole(1),
     "finetune.router": _one_of("gate", "curve", "class", "uniform"),
+    "finetune.trainable": _one_of("all", "ffn", "routers", "lora"),
+    "finetune.lora_rank": _whole(1),
+    "finetune.lora_alpha": _POSITIVE,
+    **{f"finetune.losses.{name}.weight": _NOT_NEGATIVE for name in LossesConfig.__dataclass_fields__},
+    **{f"finetune.losses.{name}.after": _SHARE for name in LossesConfig.__dataclass_fields__},
+    **{f"finetune.losses.{name}.ramp": _SHARE for name in LossesConfig.__dataclass_fields__},
     "finetune.teacher": _one_of("self", "parent"),
     "finetune.learning_rate": _POSITIVE,
     "finetune.router_learning_rate": _POSITIVE,
@@ -116,13 +122,18 @@ ALLOWED: dict[str, Allowed] = {
         "a lowest and a highest budget, both above 0 and at most 1, such as [0.15, 0.75]",
         lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
     ),
-    "finetune.full_weight": _SHARE,
+    "finetune.distribution": _one_of("uniform", "low", "high"),
+    "finetune.anchor": _or_null(_POSITIVE_SHARE),
+    "finetune.anchor_after": _SHARE,
+    "finetune.full_share": _SHARE,
+    "finetune.explosion": _POSITIVE,
     "finetune.router_rank": _whole(0),
     "finetune.bound": _POSITIVE,
     "finetune.temperature": _POSITIVE,
     "finetune.theta": _POSITIVE_SHARE,
     "finetune.precision": _one_of("fp32", "bf16"),
     "finetune.save_every": _whole(1),
+    "finetune.statistics_every": _whole(0),
     "finetune.wandb": _one_of("auto", "offline", "off"),
     "calibrate.budgets": Allowed("ascending budgets, each above 0 and at most 1, such as [0.25, 0.5]", _ascending),
     "calibrate.tokens": _whole(1),
@@ -178,6 +189,8 @@ def _problems_between(config: RunConfig, wrong: Collection[str]) -> Iterator[str
     ):
         if name not in wrong and name.split(".")[0] in config.stages and tokens < window:
             yield f"{name} is {tokens}; it must be at least one window (data.sequence_length is {window})"
+    if "finetune" in config.stages:
+        yield from _problems_of_losses(tune)
     sizes = {"finetune.tokens", "finetune.batch_size", "finetune.accumulation"}
     if "finetune" not in config.stages or sizes & set(wrong):
         return
@@ -200,6 +213,18 @@ def uneven(config: RunConfig, world: int) -> str | None:
     if sequences < world:
         return f"{world} processes, and a micro-batch of {sequences} sequences (finetune: {parts}): some would get none"
     return f"{world} processes do not divide a micro-batch of {sequences} sequences (finetune: {parts})"
+
+
+def _problems_of_losses(tune: FinetuneConfig) -> Iterator[str]:
+    """Losses that leave nothing to be trained."""
+    trained = [name for name in LossesConfig.__dataclass_fields__ if getattr(tune.losses, name).weight > 0]
+    at_dial = [name for name in trained if name in ("dial", "distill", "consistency")]
+    if tune.trainable == "routers" and tune.router == "uniform":
+        yield "finetune.trainable is 'routers'; with finetune.router 'uniform' there are none"
+    elif tune.router in ("curve", "class") and tune.losses.router.weight == 0:
+        yield f"finetune.losses.router.weight is 0.0; it must be above 0 for finetune.router {tune.router!r} to learn"
+    elif not at_dial and (tune.router == "gate" or not [name for name in trained if name != "router"]):
+        yield "finetune.losses leave nothing to learn from: give one of full, dial, distill or consistency a weight"
 
 
 def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

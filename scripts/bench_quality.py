@@ -40,7 +40,11 @@ from dynaconv.recipes import compose
 SHARES = (0.125, 0.25, 0.375, 0.5)
 PACKAGE_CHARACTERS = 60_000  # of each package, at most
 WINDOWS, LENGTH, BATCH = 160, 256, 16
-TRAINING = {"gate": [], "uniform": ["finetune.router=uniform"], "dense": ["finetune.router=uniform", "full_weight=1"]}
+TRAINING = {
+    "gate": [],
+    "uniform": ["router=uniform"],
+    "dense": ["router=uniform", "losses.full.weight=1", "losses.distill.weight=0"],
+}
 
 
 @dataclass
@@ -99,7 +103,7 @@ def main(
     table.row("parent", "dense", 1.0, measure(parent, None))
     for variant in variants.split(","):
         overrides = [f"finetune.tokens={tokens}", f"seed={seed}", "finetune.wandb=off"]
-        overrides += [o if "." in o else f"finetune.{o}" for o in TRAINING[variant]]
+        overrides += [f"finetune.{override}" for override in TRAINING[variant]]
         config = compose("nested", overrides)
         config.source, config.data.train = str(model), [str(text)]
         folder = train(config, runs / f"{variant}-{tokens}-{seed}")

@@ -37,7 +37,18 @@ WRONG: dict[str, list[Any]] = {
     "finetune.clip": [0.0],
     "finetune.uniform_share": [-0.1, 1.1],
     "finetune.budgets": [[0.5], [0.0, 0.5], [0.6, 0.5], [0.5, 1.5], [0.1, 0.2, 0.3]],
-    "finetune.full_weight": [1.5],
+    "finetune.trainable": ["head"],
+    "finetune.lora_rank": [0],
+    "finetune.lora_alpha": [0.0],
+    "finetune.losses.full.weight": [-1.0, math.nan],
+    "finetune.losses.distill.after": [1.5],
+    "finetune.losses.consistency.ramp": [-0.1],
+    "finetune.explosion": [0.0],
+    "finetune.full_share": [-0.1, 1.1],
+    "finetune.distribution": ["normal"],
+    "finetune.anchor": [0.0, 1.5],
+    "finetune.anchor_after": [2.0],
+    "finetune.statistics_every": [-1],
     "finetune.router_rank": [-1],
     "finetune.theta": [0.0],
     "finetune.precision": ["fp16"],
@@ -99,6 +110,8 @@ def test_all_mistakes_at_once() -> None:
         ({"profile.tokens": 100}, "profile.tokens"),
         ({"calibrate.tokens": 100}, "calibrate.tokens"),
         ({"calibrate.score_tokens": 100}, "calibrate.score_tokens"),
+        ({"finetune.trainable": "routers", "finetune.router": "uniform"}, "finetune.trainable"),
+        ({"finetune.router": "class", "finetune.losses.router.weight": 0.0}, "finetune.losses.router.weight"),
     ],
 )
 def test_fields_that_do_not_go_together(changes: dict[str, Any], named: str) -> None:
@@ -107,6 +120,17 @@ def test_fields_that_do_not_go_together(changes: dict[str, Any], named: str) -> 
         put(config, name, value)
     (sentence,) = problems(config)
     assert sentence.startswith(f"{named} is ")
+
+
+@pytest.mark.parametrize("router", ["gate", "uniform"])
+def test_losses_that_leave_nothing_to_learn_from(router: str) -> None:
+    config = RunConfig()
+    config.finetune.router = router
+    config.finetune.losses.distill.weight = 0.0
+    assert len(problems(config)) == (router == "gate"), "dense training needs no dial; a gate router does"
+    config.finetune.losses.full.weight = 0.0
+    (sentence,) = problems(config)
+    assert "nothing to learn from" in sentence
 
 
 def test_stages_that_do_not_run_are_not_compared() -> None:

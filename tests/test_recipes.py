@@ -121,7 +121,7 @@ def test_text_is_taken_as_it_stands(first: str, second: str) -> None:
         ("block=3", "did you mean 'blocks'?"),
         ("fintune.tokens=3", "did you mean 'finetune'?"),
         ("finetune.lerning_rate=3", "did you mean 'learning_rate'?"),
-        ("finetune.lerning_rate=3", "available: accumulation, batch_size"),
+        ("finetune.lerning_rate=3", "available: accumulation, anchor"),
         ("tokens=3", "profile.tokens or finetune.tokens or calibrate.tokens"),
         ("calibrate.loss_aware=true", "did you mean profile.loss_aware?"),
         ("quatsch=3", "available: blocks, calibrate"),

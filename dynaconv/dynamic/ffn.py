@@ -101,6 +101,11 @@ class DynamicFFN(nn.Module):
         names = self.names
         return ffn_weights(self._owner[0], names.gate, names.up, names.down, self.activation)
 
+    def projections(self) -> list[nn.Module]:
+        """The stock projections it computes with."""
+        names = (self.names.gate, self.names.up, self.names.down)
+        return [projection(self._owner[0], name) for name in dict.fromkeys(names) if name is not None]
+
     def _project(self, name: str, x: Tensor) -> Tensor:
         module = projection(self._owner[0], name)
         return module.project(x) if isinstance(module, Inline) else module(x)

@@ -27,7 +27,7 @@ def projection(owner: nn.Module, name: str) -> Any:
         TypeError: It is no dense layer, such as one with quantised weights.
     """
     module = owner.get_submodule(name)
-    if not isinstance(module, (nn.Linear, Conv1D)):
+    if not isinstance(_adapted(module), (nn.Linear, Conv1D)):
         raise TypeError(f"{name} is a {type(module).__name__}; a dynamic FFN needs Linear or Conv1D layers")
     return module
 
@@ -59,9 +59,16 @@ def ffn_weights(
 
 
 def _matrix(module: Any) -> Tensor:
-    """A projection's weight as (out, in)."""
+    """A projection's weight as (out, in), with what its adapters add."""
     weight: Tensor = module.weight
-    return weight.t() if isinstance(module, Conv1D) else weight
+    for adapter in getattr(module, "active_adapters", ()):
+        weight = weight + module.get_delta_weight(adapter)
+    return weight.t() if isinstance(_adapted(module), Conv1D) else weight
+
+
+def _adapted(module: nn.Module) -> nn.Module:
+    """The layer itself, or the one that an adapter of the peft library wraps."""
+    return getattr(module, "base_layer", module)
 
 
 class Inline:

@@ -85,33 +85,49 @@ class Scoring:
 
 
 class Labelled:
-    """Router targets ``curve`` and ``class``: widths by the router's rule, targets from the curve of the same pass."""
+    """Router targets ``curve`` and ``class``: widths by the router's rule, targets from the curve of the same pass.
 
-    def __init__(self, level: float, theta: float) -> None:
-        self.level, self.theta = level, theta
-        self.scores: dict[int, Tensor] = {}
+    Args:
+        level: Of all routers.
+        theta: Agreement that a ``class`` label asks for.
+        measured: Also keep, by layer, the share of tokens whose width or class is the label's.
+    """
+
+    def __init__(self, level: float, theta: float, *, measured: bool = False) -> None:
+        self.level, self.theta, self.measured = level, theta, measured
         self.losses: dict[int, Tensor] = {}
+        self.accuracies: dict[int, float] = {}
+        self._scores: dict[int, Tensor] = {}
 
     def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor | None:
         """Integer widths (B, T); the trunk gets no gradient from the router."""
-        score = ffn.router(x.detach())
-        self.scores.setdefault(ffn.layer, score)
+        self._scores[ffn.layer] = score = ffn.router(x.detach())
         return ffn.router.widths(score.detach(), self.level)
 
     def observe(self, ffn: DynamicFFN, x: Tensor, h: Tensor) -> None:
         """Measures the curve of activations ``h`` (B, T, F) and the router's loss against it."""
-        score = ffn.router(x.detach()).flatten(0, -2)
+        score = self._scores[ffn.layer].flatten(0, -2)
         tokens, down = h.detach().flatten(0, -2).float(), ffn.weights().down.detach()
         if ffn.router.kind == "curve":
-            loss = functional.mse_loss(score, log_errors(relative_errors(tokens, down, ffn.edges)))
+            target = log_errors(relative_errors(tokens, down, ffn.edges))
+            loss = functional.mse_loss(score, target)
         else:
-            label = width_by_cosine(agreements(tokens, down, ffn.edges).cosines, self.theta)
-            loss = functional.cross_entropy(score, label - 1)
+            target = width_by_cosine(agreements(tokens, down, ffn.edges).cosines, self.theta)
+            loss = functional.cross_entropy(score, target - 1)
         self.losses.setdefault(ffn.layer, loss)  # a recomputation measures it again: same value, counted once
+        if self.measured and ffn.layer not in self.accuracies:
+            self.accuracies[ffn.layer] = self._accuracy(ffn, score.detach(), target)
 
     def loss(self) -> Tensor:
         """Mean over layers."""
         return torch.stack(list(self.losses.values())).mean()
+
+    def _accuracy(self, ffn: DynamicFFN, score: Tensor, target: Tensor) -> float:
+        if ffn.router.kind == "class":
+            right = score.argmax(-1) + 1 == target
+        else:
+            right = ffn.router.widths(score, self.level) == ffn.router.widths(target, self.level)
+        return right.float().mean().item()
 
 
 def spent_share(widths: Mapping[int, Tensor], edges: tuple[int, ...]) -> float:

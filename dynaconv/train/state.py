@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 
 from dynaconv.artifacts.files import fsync_tree, read_json, storage_errors, write_json
+from dynaconv.artifacts.fingerprint import HEX_SHOWN
+from dynaconv.artifacts.run import WORK_MARK
 from dynaconv.artifacts.tensors import read_tensors
 from dynaconv.artifacts.writer import write_tensors
-from dynaconv.errors import ArtifactError
+from dynaconv.errors import ArtifactError, StaleArtifactError
 from dynaconv.train.engine import Engine
 
 PREFIX = "state-"
@@ -53,7 +55,7 @@ def save_state(work: Path, engine: Engine, position: Position) -> None:
         write_tensors(partial / _random_file(ranks.rank), random)
         ranks.barrier()
         if ranks.main:
-            content = {"engine": engine.kind, "world": ranks.world, "position": asdict(position)}
+            content = {"engine": engine.kind, "world": ranks.world, "position": asdict(position), "run": _run(work)}
             write_json(partial / "state.json", content)
             fsync_tree(partial)
             partial.rename(folder)
@@ -67,12 +69,21 @@ def load_state(work: Path, engine: Engine) -> Position:
     """Restores the newest state in ``work``; the beginning where there is none. Every rank takes part.
 
     Raises:
+        StaleArtifactError: It is from another run, or made with other settings.
         ArtifactError: Another engine, or another number of ranks where the engine cannot do with that, saved it.
     """
     folders = sorted(work.glob(f"{PREFIX}*"))
     if not folders:
         return Position()
     saved = read_json(folders[-1] / "state.json")
+    if saved["run"] != _run(work):
+        raise StaleArtifactError(
+            "the saved training state is from another run or other settings",
+            where=folders[-1],
+            expected=f"fingerprint {_run(work)[:HEX_SHOWN]}",
+            found=f"fingerprint {saved['run'][:HEX_SHOWN]}",
+            hint="put it back where it came from, or remove this folder to begin again",
+        )
     engine_and_world = (saved["engine"], saved["world"])
     same_world = saved["world"] == engine.ranks.world
     if saved["engine"] != engine.kind or not (same_world or engine.kind == "torch"):
@@ -91,6 +102,12 @@ def load_state(work: Path, engine: Engine) -> Position:
         if "cuda" in random and engine.device.type == "cuda":
             torch.cuda.set_rng_state(random["cuda"], engine.device)
     return Position(**saved["position"])
+
+
+def _run(work: Path) -> str:
+    """Fingerprint of the inputs and settings that ``work`` belongs to; empty where nobody marked it."""
+    mark = work / WORK_MARK
+    return mark.read_text(encoding="utf-8") if mark.is_file() else ""
 
 
 def _random_file(rank: int) -> str:

@@ -25,8 +25,8 @@ class Tracker:
     def __init__(
         self, path: Path, *, mode: str, folder: Path, config: Mapping[str, Any], step: int, log: logging.Logger
     ) -> None:
-        kept = path.read_text(encoding="utf-8").splitlines()[:step] if path.exists() else []
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        lines = "".join(json.dumps(line) + "\n" for line in recorded(path)[:step])
+        path.write_text(lines, encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
         self._wandb = None
         if mode == "off":
@@ -57,6 +57,12 @@ class Tracker:
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def recorded(path: Path) -> list[dict[str, float]]:
+    """Metrics of every step in the JSON-lines file ``path``, without a last line that a killed run left unfinished."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def _has_key() -> bool:

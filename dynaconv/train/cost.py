@@ -1,0 +1,95 @@
+"""What fine-tuning will take: passes of a step, memory, FLOPs. Known from settings and headers, without torch's models.
+
+D residual width, F FFN width, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dynaconv.arch.checkpoint import Checkpoint
+from dynaconv.config import FinetuneConfig, RunConfig
+from dynaconv.pipeline.stage import Estimate
+
+WORD = 4  # bytes of the float32 that weights, gradients and moments are kept in
+KEPT = (22.0, 8.25, 9.5)  # values kept a token for the backward pass, over D, F (each layer) and V; measured
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Passes over a step's tokens, on average over a run. Dense training makes one forward and one backward pass.
+
+    Attributes:
+        forward: Forward passes of the model.
+        backward: Backward passes of the model.
+        parent: Forward passes of the frozen parent.
+    """
+
+    forward: float
+    backward: float
+    parent: float
+
+    @property
+    def dense(self) -> float:
+        """How many times the FLOPs of dense training that is; a backward pass costs two forward passes."""
+        return (self.forward + 2 * self.backward + self.parent) / 3
+
+    def __str__(self) -> str:
+        said = f"{self.forward:g} forward and {self.backward:g} backward passes"
+        return said + (f", {self.parent:g} forward of the parent" if self.parent else "")
+
+
+def steps(config: RunConfig) -> int:
+    """Optimiser steps of a run."""
+    return max(1, math.floor(config.finetune.tokens / (config.finetune.batch_size * config.data.sequence_length)))
+
+
+def needs_parent(tuning: FinetuneConfig) -> bool:
+    """Whether the frozen dense checkpoint teaches."""
+    return tuning.losses.distill_full.weight > 0 or (tuning.teacher == "parent" and tuning.losses.distill.weight > 0)
+
+
+def passes(tuning: FinetuneConfig) -> Passes:
+    """Passes of a step once every loss that has a weight is on."""
+    losses, routed = tuning.losses, tuning.router != "uniform"
+    full = losses.full.weight + losses.distill_full.weight > 0
+    labelled = tuning.router in ("curve", "class") and losses.router.weight > 0
+    dial = losses.dial.weight + losses.distill.weight + losses.consistency.weight > 0 or labelled
+    by_self = tuning.teacher == "self" and losses.distill.weight > 0
+    share = (1 - tuning.full_share) * dial  # of the steps that run the sampled dial
+    return Passes(
+        forward=max(float(full), share * (routed or by_self)) + share * (1 + (losses.consistency.weight > 0)),
+        backward=full * (tuning.trainable != "routers") + share,
+        parent=float(needs_parent(tuning)),
+    )
+
+
+def finetune_estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
+    """Weights in fp32, gradients and AdamW's two moments of what is trained, activations of one micro-batch."""
+    tuning, sizes, layers = config.finetune, checkpoint.sizes, checkpoint.layers
+    tokens = tuning.batch_size * config.data.sequence_length // tuning.accumulation
+    layer = KEPT[0] * sizes["residual"] + KEPT[1] * sizes["ffn"]
+    kept = sizes["residual"] * layers + layer if tuning.gradient_checkpointing else layers * layer
+    activations = round(WORD * tokens * (kept + KEPT[2] * sizes["vocab"]))
+    weights, counted = WORD * checkpoint.parameters, passes(tuning)
+    batch = f"{tuning.batch_size} x {config.data.sequence_length} tokens"
+    return Estimate(
+        peak_bytes=weights + 3 * WORD * trained(tuning, checkpoint) + needs_parent(tuning) * weights + activations,
+        disk_bytes=checkpoint.reader.total_bytes,
+        flops=6.0 * counted.dense * checkpoint.parameters * tuning.tokens,
+        notes=(f"{steps(config)} steps of {batch}", f"{counted} a step"),
+    )
+
+
+def trained(tuning: FinetuneConfig, checkpoint: Checkpoint) -> int:
+    """Parameters that get gradients, without the routers, which are few."""
+    if tuning.trainable == "routers":
+        return 0
+    if tuning.trainable == "ffn":
+        return checkpoint.layers * checkpoint.ffn_parameters
+    if tuning.trainable == "lora":
+        linear = {name for name, slot in checkpoint.slots.items() if slot.spec.part in ("ffn", "attention")}
+        shapes = [info.shape for name, info in checkpoint.reader.tensors.items() if name in linear]
+        return tuning.lora_rank * sum(sum(shape) for shape in shapes if len(shape) == 2)
+    return checkpoint.parameters
