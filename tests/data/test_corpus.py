@@ -23,15 +23,6 @@ from dynaconv.errors import CheckpointError, DataError
 END = 0  # <|endoftext|> of the fixture's tokenizer
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from conftest import save_tokenizer
-
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(folder)
-    return load_tokenizer(folder)
-
-
 @pytest.fixture
 def config(text_file: Path) -> DataConfig:
     return DataConfig(train=[str(text_file)], sequence_length=64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dynaconv.config import DataConfig
-from dynaconv.data import hub
+from dynaconv.data import hub, readers
 from dynaconv.data.readers import LOOK_AHEAD, MARKER, RANGE, parts_of, read_part
 from dynaconv.data.sources import documents, files
 from dynaconv.errors import DataError
@@ -73,12 +74,16 @@ def test_jsonl_reads_a_field(tmp_path: Path) -> None:
     assert texts(str(tmp_path), DataConfig(field="other")) == ["o0", "o1", "o2", "o3"]
 
 
-def test_parquet_reads_a_field(tmp_path: Path) -> None:
+def test_parquet_reads_a_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pyarrow import parquet, table
 
     rows = {"text": [f"t{i}" for i in range(10)], "n": list(range(10))}
     parquet.write_table(table(rows), tmp_path / "a.parquet", row_group_size=3)
     assert sorted(texts(str(tmp_path / "a.parquet"))) == sorted(rows["text"])
+    monkeypatch.setattr(readers, "ROWS", 2)
+    assert sorted(texts(str(tmp_path / "a.parquet"))) == sorted(rows["text"])
+    with pytest.raises(DataError, match="field 'n' holds no text"):
+        texts(str(tmp_path), DataConfig(field="n"))
     with pytest.raises(DataError, match=r"no field 'body'[\s\S]*n, text"):
         texts(str(tmp_path), DataConfig(field="body"))
     (tmp_path / "b.parquet").write_text("not parquet")
@@ -97,6 +102,24 @@ def test_dataset_is_streamed_from_a_local_builder(tmp_path: Path) -> None:
         list(hub.documents(str(tmp_path), DataConfig(field="body"), "train"))
     with pytest.raises(DataError, match="cannot be read"):
         list(hub.documents(str(tmp_path), CONFIG, "nosplit"))
+
+
+def test_no_more_of_a_dataset_is_read_than_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "SHUFFLE", 10)
+    folder = tmp_path / "shards"
+    for shard in range(30):
+        lines = [json.dumps({"text": f"{shard}.{i}"}) for i in range(50)]
+        write(folder, **{f"train_{shard}_dot_jsonl": "\n".join(lines)})
+    first = [document.text for document in itertools.islice(hub.documents(str(folder), CONFIG, "train"), 30)]
+    assert len(set(first)) == 30
+    untouched = {str(shard) for shard in range(30)} - {text.split(".")[0] for text in first}
+    assert len(untouched) >= 15
+    for shard in untouched:
+        write(folder, **{f"train_{shard}_dot_jsonl": "not json"})
+    stream = hub.documents(str(folder), CONFIG, "train")
+    assert [document.text for document in itertools.islice(stream, 30)] == first
+    with pytest.raises(DataError, match="cannot be read"):
+        list(stream)
 
 
 def test_unknown_dataset_says_what_to_do() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dynaconv.config import DataConfig
-from dynaconv.data.split import FEW, PIECE, split_documents
+from dynaconv.data.split import FEW, PIECE, split_documents, split_sources
 from dynaconv.errors import DataError
 
 
@@ -93,3 +97,32 @@ def test_the_standard_library_splits_at_its_share() -> None:
 def test_missing_validation_text_is_an_error(folder: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         sides(DataConfig(train=[str(folder)], validation=["./gone.txt"]))
+
+
+TEXTS = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\x00\ufeff"), max_size=8), max_size=30)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=TEXTS, share=st.floats(0.05, 0.9), many=st.booleans(), weighted=st.booleans())
+def test_no_text_is_on_both_sides_whatever_it_is_read_from(
+    tmp_path: Path, texts: list[str], share: float, many: bool, weighted: bool
+) -> None:
+    from pyarrow import parquet, schema, string, table
+
+    texts = [text for text in texts if text.strip()] + ([f"text {i}" for i in range(FEW)] if many else ["text"])
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    parquet.write_table(table({"text": texts[::-1]}, schema([("text", string())])), tmp_path / "b.parquet")
+    (tmp_path / "c.txt").write_text("<|endoftext|>".join(texts[::2]), encoding="utf-8", newline="")
+    paths = [str(tmp_path / name) for name in ("a.jsonl", "b.parquet", "c.txt")]
+    config = DataConfig(train=paths, validation_share=share, weights=[1, 2, 3] if weighted else None)
+    sources = [list(source.documents) for source in split_sources(config)]
+    assert len(sources) == (3 if weighted else 1)
+    held_out = {side.document.text for source in sources for side in source if side.held_out}
+    train = {side.document.text for source in sources for side in source if not side.held_out}
+    assert not held_out & train
+    assert held_out | train == set(texts)
+    assert bool(held_out) == (len(set(texts)) > 1) or many
+    assert {side.document.text for side in split_documents(config) if side.held_out} == held_out
+    own = dataclasses.replace(config, validation=[paths[2]])
+    kept = {side.document.text for source in split_sources(own) for side in source.documents if not side.held_out}
+    assert kept == set(texts) - set(texts[::2])

@@ -7,7 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynaconv.data.windows import IGNORED, Batch, PaddedWindows, Windows, evaluation_batches, training_batch
+from dynaconv.data.windows import (
+    IGNORED,
+    Batch,
+    PaddedWindows,
+    Windows,
+    evaluation_batches,
+    rank_rows,
+    training_batch,
+)
+from dynaconv.errors import DataError
 
 LENGTH = 8
 
@@ -93,3 +102,55 @@ def test_micro_batches_cover_the_batch(parts: int) -> None:
     assert torch.equal(torch.cat([part.attention_mask for part in micro if part.attention_mask is not None]), mask)
     sizes = [len(part.input_ids) for part in micro]
     assert max(sizes) - min(sizes) <= 1
+
+
+def test_what_is_not_to_be_predicted_is_left_out_of_loss_and_labels() -> None:
+    scored = torch.tensor([False, False, True, True, False, True, True, True])
+    batch = Windows(torch.arange(LENGTH, dtype=torch.int32), LENGTH, scored).take([0])
+    assert batch.predicted.tolist() == [[False, True, True, False, True, True, True]]
+    assert batch.labels.tolist() == [[IGNORED, IGNORED, 2, 3, IGNORED, 5, 6, 7]]
+    assert batch.tokens == LENGTH
+    padded = PaddedWindows(torch.arange(3, dtype=torch.int32), torch.tensor([3]), LENGTH, 0, scored[:3]).take([0])
+    assert padded.predicted.tolist() == [[False, True, *[False] * 5]]
+    assert padded.labels.tolist() == [[IGNORED, IGNORED, 2, *[IGNORED] * 5]]
+    assert batch.rows(0, 1).to("cpu").predicted.equal(batch.predicted)
+
+
+@given(
+    tokens=st.integers(LENGTH, 200),
+    share=st.integers(1, 4),
+    world=st.sampled_from([1, 2, 3, 4]),
+    seed=st.integers(0, 5),
+)
+@settings(max_examples=40)
+def test_ranks_see_every_window_once_an_epoch_and_resume_where_they_were(
+    tokens: int, share: int, world: int, seed: int
+) -> None:
+    windows, size = stream(tokens), share * world
+    steps = -(-2 * len(windows) // size)
+    seen = [
+        [rank_rows(training_batch(windows, step, size, seed), rank, world).input_ids for rank in range(world)]
+        for step in range(steps)
+    ]
+    assert all(len(rows) == share for ranks in seen for rows in ranks)
+    order = torch.cat([rows for ranks in seen for rows in ranks])
+    for epoch in range(2):
+        assert len(order[epoch * len(windows) : (epoch + 1) * len(windows)].unique()) == len(windows) * LENGTH
+    again = stream(tokens)  # another process, begun at the last step
+    resumed = [rank_rows(training_batch(again, steps - 1, size, seed), rank, world).input_ids for rank in range(world)]
+    assert all(torch.equal(a, b) for a, b in zip(resumed, seen[-1], strict=True))
+    alone = training_batch(again, steps - 1, size, seed).input_ids
+    assert torch.equal(torch.cat(resumed), alone)
+
+
+@pytest.mark.parametrize(("rows", "world"), [(5, 2), (7, 3), (3, 3)])
+def test_ranks_share_a_batch_that_does_not_divide(rows: int, world: int) -> None:
+    batch = Batch(torch.arange(rows)[:, None])
+    parts = [rank_rows(batch, rank, world).input_ids for rank in range(world)]
+    assert torch.equal(torch.cat(parts), batch.input_ids)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_more_ranks_than_sequences() -> None:
+    with pytest.raises(DataError, match=r"more ranks than sequences[\s\S]*at most 2 ranks[\s\S]*found: 3 ranks"):
+        rank_rows(Batch(torch.zeros(2, LENGTH)), 0, 3)
