@@ -6,20 +6,29 @@ Started by torchrun, DeepSpeed's launcher or ``--nproc``, each process finds its
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import pickle
+import traceback
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from dynaconv.errors import DynaconvError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 Something = TypeVar("Something")
+FAILURE = "dynaconv/failure"
+SECONDS_TO_REPORT = 5.0
+log = logging.getLogger("dynaconv")
 PATIENCE = timedelta(days=7)  # other ranks wait as long as rank 0 carves, exports or downloads
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ranks:
     """This process among all.
 
@@ -27,11 +36,13 @@ class Ranks:
         rank: From 0.
         world: How many there are.
         device: Where this one computes.
+        broken: Whether this process left a stage that others may still be in: no collective will end any more.
     """
 
     rank: int
     world: int
     device: torch.device
+    broken: bool = False
 
     @classmethod
     def single(cls, device: torch.device | str | None = None) -> Ranks:
@@ -99,6 +110,41 @@ class Ranks:
         box: list[Any] = [thing]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
+
+    def close(self) -> None:
+        """Ends the collectives, unless others may be stuck in one."""
+        import torch.distributed as dist
+
+        if dist.is_initialized() and not self.broken:
+            dist.destroy_process_group()
+
+    def report(self, error: BaseException) -> None:
+        """Leaves ``error``, which ends this rank, for rank 0 to say; the first to be left is the one that counts."""
+        with contextlib.suppress(Exception):  # rank 0 is gone already, and has said what there is to say
+            if self.world > 1 and _store().add(f"{FAILURE}/count", 1) == 1:
+                known = isinstance(error, DynaconvError)
+                trace = "" if known else "".join(traceback.format_exception(error))
+                _store().set(FAILURE, pickle.dumps((self.rank, error if known else None, trace)))
+
+    def reported(self) -> DynaconvError | None:
+        """What another rank left behind when it ended; ``None`` where this rank's own error is to blame.
+
+        A collective ends in an error of torch's when another rank is gone, so this one looks why.
+        """
+        with contextlib.suppress(Exception):
+            _store().wait([FAILURE], timedelta(seconds=SECONDS_TO_REPORT))
+            rank, error, trace = pickle.loads(_store().get(FAILURE))
+            log.info("rank %d ended: %s", rank, error or trace)
+            if error is not None:
+                return cast(DynaconvError, error)
+            return DynaconvError(f"rank {rank} stopped on an error that is a bug", found=f"\n{trace}")
+        return None
+
+
+def _store() -> Any:
+    import torch.distributed.distributed_c10d as c10d
+
+    return c10d._get_default_store()
 
 
 def started_by_launcher() -> bool:

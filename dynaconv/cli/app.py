@@ -78,3 +78,7 @@ app.command("doctor")(doctor.doctor)
 def main() -> None:
     """Entry point of the ``dynaconv`` command."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -10,11 +10,13 @@ import typer
 from dynaconv.artifacts.files import size_text
 from dynaconv.cli.listing import print_stages
 from dynaconv.cli.output import in_short, print_json, print_note, print_table, say
+from dynaconv.cli.ranks import Hostfile, Nproc, all_ranks, launch_if_wanted, with_ranks
 from dynaconv.cli.request import Request, fill_source, request
 from dynaconv.errors import ArtifactError, DynaconvError
 
 if TYPE_CHECKING:
     from dynaconv.pipeline.plan import Plan
+    from dynaconv.ranks import Ranks
 
 Source = Annotated[
     str | None,
@@ -55,18 +57,24 @@ def convert(
     until: Until = None,
     redo: Redo = None,
     as_json: AsJson = False,
+    nproc: Nproc = None,
+    hostfile: Hostfile = None,
 ) -> None:
     """Convert a dense checkpoint into a model with a dial.
 
     Runs the recipe's stages in order, keeps what is done already, and goes on where it was interrupted.
     """
-    asked = request(source, overrides or (), recipe=recipe, out=out)
-    asked.check(until, redo)
-    fill_source(asked.config, quiet=as_json)
-    run_stages(asked, until=until, redo=redo, as_json=as_json)
+    with all_ranks() as ranks:
+        asked = request(source, with_ranks(overrides, nproc, hostfile), recipe=recipe, out=out)
+        asked.check(until, redo)
+        launch_if_wanted(asked)
+        fill_source(asked.config, quiet=as_json)
+        run_stages(asked, until=until, redo=redo, as_json=as_json, ranks=ranks)
 
 
-def run_stages(asked: Request, *, until: str | None, redo: str | None, as_json: bool) -> None:
+def run_stages(
+    asked: Request, *, until: str | None, redo: str | None, as_json: bool, ranks: Ranks | None = None
+) -> None:
     """Runs what was asked for and prints where the run stands then."""
     from dynaconv.artifacts.run import Run
     from dynaconv.pipeline.runner import run_pipeline
@@ -75,7 +83,7 @@ def run_stages(asked: Request, *, until: str | None, redo: str | None, as_json: 
 
     run = Run.create(asked.run)
     with Progress(quiet=as_json) as progress:
-        run_pipeline(asked.config, run, until=until, redo=redo, progress=progress)
+        run_pipeline(asked.config, run, until=until, redo=redo, progress=progress, ranks=ranks)
     if as_json:
         print_json(status(run))
         return

@@ -11,6 +11,7 @@ import typer
 from dynaconv.cli.convert import AsJson, Overrides
 from dynaconv.cli.listing import print_stages
 from dynaconv.cli.output import print_json
+from dynaconv.cli.ranks import Hostfile, Nproc, all_ranks, launch_if_wanted, with_ranks
 from dynaconv.cli.request import request_of
 
 HELP = {
@@ -22,14 +23,27 @@ HELP = {
     "export": "Write the folder that stock transformers loads, and check it in a clean process.",
 }
 
+DISTRIBUTED = ("profile", "finetune", "calibrate")
+
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")]
 Again = Annotated[bool, typer.Option("--redo", help="Make it again though it is there, and drop what came of it.")]
 
 
 def _command(stage: str) -> Callable[..., None]:
-    def command(run: RunFolder, overrides: Overrides = None, redo: Again = False, as_json: AsJson = False) -> None:
+    def alone(run: RunFolder, overrides: Overrides = None, redo: Again = False, as_json: AsJson = False) -> None:
         run_one(stage, run, overrides or [], redo=redo, as_json=as_json)
 
+    def together(
+        run: RunFolder,
+        overrides: Overrides = None,
+        redo: Again = False,
+        as_json: AsJson = False,
+        nproc: Nproc = None,
+        hostfile: Hostfile = None,
+    ) -> None:
+        run_one(stage, run, with_ranks(overrides, nproc, hostfile), redo=redo, as_json=as_json)
+
+    command: Callable[..., None] = together if stage in DISTRIBUTED else alone
     command.__doc__ = HELP[stage]
     return command
 
@@ -41,15 +55,18 @@ def run_one(stage: str, folder: Path, overrides: list[str], *, redo: bool, as_js
     from dynaconv.pipeline.status import status
     from dynaconv.progress import Progress
 
-    asked = request_of(folder, overrides)
-    asked.check()
-    run = Run.create(asked.run)
-    with Progress(quiet=as_json) as progress:
-        run_stage(asked.config, run, stage, redo=redo, progress=progress)
-    if as_json:
-        print_json(status(run))
-    else:
-        print_stages(status(run))
+    with all_ranks() as ranks:
+        asked = request_of(folder, overrides)
+        asked.check()
+        if stage in DISTRIBUTED:
+            launch_if_wanted(asked)
+        run = Run.create(asked.run)
+        with Progress(quiet=as_json) as progress:
+            run_stage(asked.config, run, stage, redo=redo, progress=progress, ranks=ranks)
+        if as_json:
+            print_json(status(run))
+        else:
+            print_stages(status(run))
 
 
 COMMANDS = {stage: _command(stage) for stage in HELP}

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from dynaconv.artifacts.files import size_text, storage_errors
 from dynaconv.artifacts.fingerprint import HEX_SHOWN, fingerprint
@@ -28,8 +29,10 @@ from dynaconv.pipeline.recipe import recipe_text, settled
 from dynaconv.pipeline.stage import Dense, Stage, StageContext
 from dynaconv.pipeline.state import KEEP, STALE, judge, judge_all, refuse
 from dynaconv.pipeline.status import status
+from dynaconv.pipeline.together import Order, in_step
 from dynaconv.pipeline.versions import versions
 from dynaconv.progress import Progress
+from dynaconv.ranks import Ranks
 
 __all__ = ["Outcome", "run_pipeline", "run_stage", "status"]
 
@@ -45,7 +48,13 @@ class Outcome:
 
 
 def run_pipeline(
-    config: RunConfig, run: Run, *, until: str | None = None, redo: str | None = None, progress: Progress
+    config: RunConfig,
+    run: Run,
+    *,
+    until: str | None = None,
+    redo: str | None = None,
+    progress: Progress,
+    ranks: Ranks | None = None,
 ) -> list[Outcome]:
     """Brings ``run`` to where ``config`` wants it.
 
@@ -55,6 +64,7 @@ def run_pipeline(
         until: Last stage to run.
         redo: First stage to make again, with everything after it.
         progress: The display.
+        ranks: The processes that run it together, of which this is rank 0; alone by default.
 
     Raises:
         ConfigError: Lists every mistake in the recipe.
@@ -74,7 +84,7 @@ def run_pipeline(
         refuse(states, run)
         if any(state.action != KEEP for state in states):
             _check_shapes(config, stages[:last], source)
-        maker = _Maker(config, run, source, progress, len(stages))
+        maker = _Maker(config, run, source, progress, len(stages), ranks)
         if not run.recipe.exists():
             run.write_recipe(maker.recipe)
         outcomes = []
@@ -89,7 +99,9 @@ def run_pipeline(
         return outcomes
 
 
-def run_stage(config: RunConfig, run: Run, name: str, *, redo: bool = False, progress: Progress) -> Outcome:
+def run_stage(
+    config: RunConfig, run: Run, name: str, *, redo: bool = False, progress: Progress, ranks: Ranks | None = None
+) -> Outcome:
     """Runs one stage of ``run`` with ``config``, on results that are already there. What comes after it turns stale.
 
     Args:
@@ -98,6 +110,7 @@ def run_stage(config: RunConfig, run: Run, name: str, *, redo: bool = False, pro
         name: The stage.
         redo: Make it again though nothing changed; what came of it is then made again by the next ``convert``.
         progress: The display.
+        ranks: The processes that run it together, of which this is rank 0; alone by default.
 
     Raises:
         ConfigError: Lists every mistake in the recipe, or the run's recipe has no such stage.
@@ -114,7 +127,7 @@ def run_stage(config: RunConfig, run: Run, name: str, *, redo: bool = False, pro
         for other in links:
             if other.name in link.inputs.values():
                 _require(other, link, run)
-        maker = _Maker(config, run, source, progress, len(stages))
+        maker = _Maker(config, run, source, progress, len(stages), ranks)
         state = judge(link, run, full=True, redo=redo)
         if state.action == KEEP and state.record is not None:
             progress.say(f"{name}  kept: {state.reasons[0]}")
@@ -164,6 +177,7 @@ class _Maker:
     source: Path
     progress: Progress
     count: int
+    ranks: Ranks | None = None
 
     @property
     def recipe(self) -> str:
@@ -198,7 +212,7 @@ class _Maker:
         staging = self.run.new_staging(link.slot)
         started, began = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
         reset_peak()
-        metrics = link.stage.run(StageContext(self.config, inputs, staging, work, self.progress, log))
+        metrics = self._together(link, StageContext(self.config, inputs, staging, work, self.progress, log))
         consumed = {kind: self._consumed(link, kind) for kind in link.inputs}
         return StageRecord(
             id=f"{link.name}-{link.fingerprint[:HEX_SHOWN]}",
@@ -216,6 +230,15 @@ class _Maker:
             seconds=round(time.monotonic() - began, 3),
             peak_rss_bytes=peak_rss_bytes(),
         )
+
+    def _together(self, link: Link, context: StageContext) -> dict[str, Any]:
+        """Runs the stage here, and on the other ranks where it wants them."""
+        ranks = self.ranks
+        if ranks is None or ranks.world == 1 or not link.stage.distributed:
+            return link.stage.run(context)
+        ranks.broadcast_object(Order(link.name, self.config, context.inputs, context.folder, context.work))
+        with in_step(ranks):
+            return link.stage.run(replace(context, ranks=ranks))
 
     def _folder(self, maker: str) -> Path:
         record = self.run.manifest.record(maker)
