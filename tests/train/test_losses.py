@@ -1,0 +1,170 @@
+"""Losses: when each weighs what, how many passes they cost, and who gets gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dynamic_models import dynamic_model
+
+from dynaconv.config import FinetuneConfig, LossConfig, LossesConfig
+from dynaconv.data.windows import Batch, Windows, training_batch
+from dynaconv.dynamic.context import using
+from dynaconv.dynamic.policy import Uniform
+from dynaconv.ranks import Ranks
+from dynaconv.train.cost import passes
+from dynaconv.train.engine import TorchEngine
+from dynaconv.train.loop import Trainer
+from dynaconv.train.losses import cross_entropy, divergence, log_probabilities, weight, weights
+from dynaconv.train.passes import Micro, Passes, Plan
+
+Maker = Callable[..., Path]
+CONFIG = FinetuneConfig(batch_size=4, uniform_share=0.0, statistics_every=0)
+WINDOWS = Windows(torch.arange(1, 60).repeat(30).int(), 16)
+
+
+def only(**weights: float) -> LossesConfig:
+    return LossesConfig(**{name: LossConfig(weights.get(name, 0.0)) for name in LossesConfig.__dataclass_fields__})
+
+
+def trainer(folder: Path, config: FinetuneConfig, parent: Any = None) -> Trainer:
+    kind = "none" if config.router == "uniform" else config.router
+    engine = TorchEngine(dynamic_model(folder, kind), config, Ranks.single("cpu"))
+    return Trainer(engine, config, WINDOWS, steps=10, seed=3, parent=parent)
+
+
+def test_a_loss_is_off_then_rises_then_stays() -> None:
+    loss = LossConfig(weight=2.0, after=0.2, ramp=0.4)
+    found = [weight(loss, step, 10) for step in range(10)]
+    assert found == pytest.approx([0, 0, 0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0])
+    assert [weight(LossConfig(0.5), step, 10) for step in range(10)] == [0.5] * 10
+    assert [weight(LossConfig(1.0, after=0.5), step, 10) for step in range(10)] == [0.0] * 5 + [1.0] * 5
+    assert weights(LossesConfig(), 0, 10) == {
+        "full": 0.5,
+        "dial": 0.0,
+        "distill": 0.5,
+        "distill_full": 0.0,
+        "router": 1.0,
+        "consistency": 0.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, (2, 2, 0)),
+        ({"router": "class"}, (2, 2, 0)),
+        ({"router": "uniform"}, (2, 2, 0)),
+        ({"router": "uniform", "losses": only(full=1.0)}, (1, 1, 0)),
+        ({"teacher": "parent"}, (2, 2, 1)),
+        ({"losses": only(full=0.5, distill=0.5, consistency=0.5)}, (3, 2, 0)),
+        ({"losses": only(full=0.5, distill=0.5, distill_full=0.5)}, (2, 2, 1)),
+        ({"losses": only(dial=1.0)}, (2, 1, 0)),
+        ({"router": "uniform", "losses": only(dial=0.5, distill=0.5), "teacher": "parent"}, (1, 1, 1)),
+        ({"trainable": "routers"}, (2, 1, 0)),
+        ({"full_share": 1.0}, (1, 1, 0)),
+    ],
+)
+def test_passes_are_counted_as_they_are_run(
+    tiny_checkpoint: Maker, changes: dict[str, Any], expected: tuple[int, int, int]
+) -> None:
+    folder, config = tiny_checkpoint(), replace(CONFIG, **changes)
+    parent = dynamic_model(folder, "none").requires_grad_(False)
+    made, ran = trainer(folder, config, parent), {"forward": 0, "backward": 0, "parent": 0}
+
+    def count(name: str) -> Callable[..., None]:
+        return lambda *args: ran.update({name: ran[name] + 1})
+
+    made.engine.network.register_forward_hook(count("forward"))
+    made.engine.network.lm_head.register_full_backward_hook(count("backward"))  # not the centring of gate routers
+    parent.register_forward_hook(count("parent"))
+    made.step(1)
+    counted = passes(config)
+    assert (ran["forward"], ran["backward"], ran["parent"]) == expected
+    assert (counted.forward, counted.backward, counted.parent) == expected
+
+
+def test_every_loss_has_its_curve(tiny_checkpoint: Maker) -> None:
+    folder = tiny_checkpoint()
+    parent = dynamic_model(folder, "none").requires_grad_(False)
+    losses = only(full=0.3, dial=0.2, distill=0.4, distill_full=0.1, router=1.0, consistency=0.3)
+    config = replace(CONFIG, router="curve", teacher="parent", losses=losses)
+    found = trainer(folder, config, parent).step(0)
+    names = {"loss_full", "loss_dial", "kl_dial", "kl_full", "loss_router", "kl_consistency"}
+    assert names <= set(found)
+    assert found["kl_full"] == pytest.approx(0.0, abs=1e-5), "nothing is trained yet"
+    assert found["kl_dial"] > 1e-3 and found["kl_consistency"] > 1e-4
+
+
+def test_consistency_pulls_the_lower_dial_towards_the_higher(tiny_checkpoint: Maker) -> None:
+    """The gradient is that of KL(higher || lower) with the higher held still."""
+    folder, config = tiny_checkpoint(ffn=128), replace(CONFIG, router="uniform", losses=only(consistency=1.0))
+    made, twin = trainer(folder, config), dynamic_model(folder, "none")
+    plan = Plan.of(config, 3, 0, 10)
+    plan = replace(plan, drawn=replace(plan.drawn, budget=0.25, higher=0.75))
+    batch = training_batch(WINDOWS, 0, 4, 3)
+    found = Passes(made.engine, config).run(Micro(batch, 1.0, 1.0, True), plan)
+    outputs = []
+    for width in (1, 3):
+        with using(Uniform(width)):
+            outputs.append(log_probabilities(twin(batch.input_ids).logits, batch.predicted))
+    expected = (outputs[1].detach().exp() * (outputs[1].detach() - outputs[0])).sum(-1).mean()
+    expected.backward()
+    assert found["kl_consistency"] == pytest.approx(expected.item(), rel=1e-4)
+    ours = dict(made.engine.network.named_parameters())
+    for name, parameter in twin.named_parameters():
+        if parameter.grad is not None:
+            assert torch.allclose(ours[name].grad, parameter.grad, atol=1e-5), name
+
+
+@pytest.mark.parametrize("trainable", ["all", "ffn", "routers"])
+@pytest.mark.parametrize("router", ["gate", "curve", "class"])
+def test_routers_get_gradient_and_the_parent_none(tiny_checkpoint: Maker, trainable: str, router: str) -> None:
+    folder = tiny_checkpoint()
+    parent = dynamic_model(folder, "none").requires_grad_(False)
+    config = replace(CONFIG, router=router, trainable=trainable, teacher="parent")
+    made, seen = trainer(folder, config, parent), []
+    made.engine.step = lambda factor: seen.append(  # type: ignore[method-assign]
+        [p.grad.abs().sum().item() for ffn in made.engine.network.ffns() for p in ffn.router.parameters()]
+    ) or {"gradient_norm": 0.0}
+    made.step(0)
+    assert all(value > 0 for value in seen[0])
+    assert all(parameter.grad is None for parameter in parent.parameters())
+
+
+def test_a_full_step_trains_the_full_dial_only(tiny_checkpoint: Maker) -> None:
+    folder = tiny_checkpoint()
+    made, dense = trainer(folder, replace(CONFIG, full_share=1.0)), trainer(folder, CONFIG)
+    found = made.step(0)
+    assert found["share_asked"] == found["share_spent"] == 1.0 and "kl_dial" not in found
+    assert made.drift == 0.0, "no budget was asked for, so none was missed"
+    dense.step(0)
+    assert dense.drift != 0.0
+
+
+def test_a_batch_without_scored_tokens_is_no_loss() -> None:
+    logits = torch.randn(2, 6, 9, requires_grad=True)
+    found = log_probabilities(logits, torch.zeros(2, 5, dtype=torch.bool))
+    total = cross_entropy(found, torch.zeros(0, dtype=torch.int64)) + divergence(found, found)
+    total.backward()
+    assert total.item() == 0.0 and not logits.grad.any()
+
+
+def test_what_is_not_scored_does_not_count(tiny_checkpoint: Maker) -> None:
+    folder = tiny_checkpoint()
+    ids = torch.arange(1, 33).view(2, 16)
+    scored = torch.ones(2, 16, dtype=torch.bool)
+    scored[:, :8] = False
+    config, found = replace(CONFIG, router="uniform"), []
+    for batch in (Batch(ids, loss_mask=scored), Batch(ids)):
+        made = trainer(folder, config)
+        found.append(Passes(made.engine, config).run(Micro(batch, 1.0, 1.0, True), Plan.of(config, 3, 0, 10)))
+    model = dynamic_model(folder, "none")
+    with torch.no_grad():
+        each = torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].mT, ids[:, 1:], reduction="none")
+    assert found[0]["loss_full"] == pytest.approx(each[:, 7:].mean().item(), rel=1e-5)
+    assert found[1]["loss_full"] == pytest.approx(each.mean().item(), rel=1e-5)
