@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynaconv.errors import DataError
-
 IGNORED = -100  # label that transformers and torch leave out of a loss
 
 
@@ -74,23 +72,6 @@ class Batch:
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         masks = (None if mask is None else change(mask) for mask in (self.attention_mask, self.loss_mask))
         return Batch(change(self.input_ids), *masks)
-
-
-def rank_rows(batch: Batch, rank: int, world: int) -> Batch:
-    """The windows of ``batch`` that rank ``rank`` of ``world`` takes; together they are all of them, each once.
-
-    Raises:
-        DataError: There are more ranks than windows.
-    """
-    count = len(batch.input_ids)
-    if world > count:
-        raise DataError(
-            "more ranks than sequences in a batch",
-            expected=f"at most {count} ranks, one sequence each",
-            found=f"{world} ranks",
-            hint="raise the batch size or start fewer processes",
-        )
-    return batch.rows(rank * count // world, (rank + 1) * count // world)
 
 
 class Windows:

@@ -138,7 +138,10 @@ def _note(metrics: dict[str, float]) -> str:
 
 
 def training_windows(context: StageContext, vocabulary: int, max_positions: int) -> Windows:
-    """Windows of the training split, as many tokens as the run wants or the text has."""
+    """Windows of the training split, as many tokens as the run wants or the text has.
+
+    The tokens lie on disk until the stage is done: a run that goes on, and every rank, find them there.
+    """
     from dynaconv.data.corpus import load_corpus
     from dynaconv.data.tokenizer import load_tokenizer
 
@@ -151,5 +154,6 @@ def training_windows(context: StageContext, vocabulary: int, max_positions: int)
         vocabulary=vocabulary,
         accept_less=True,
         say=context.progress.say,
+        folder=context.work / "tokens",
     )
     return corpus.train

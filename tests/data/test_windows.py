@@ -13,10 +13,9 @@ from dynaconv.data.windows import (
     PaddedWindows,
     Windows,
     evaluation_batches,
-    rank_rows,
     training_batch,
 )
-from dynaconv.errors import DataError
+from dynaconv.ranks import Ranks
 
 LENGTH = 8
 
@@ -116,6 +115,11 @@ def test_what_is_not_to_be_predicted_is_left_out_of_loss_and_labels() -> None:
     assert batch.rows(0, 1).to("cpu").predicted.equal(batch.predicted)
 
 
+def share_of(batch: Batch, rank: int, world: int) -> torch.Tensor:
+    ranks = Ranks(rank, world, torch.device("cpu"))
+    return batch.rows(*ranks.rows(len(batch.input_ids))).input_ids
+
+
 @given(
     tokens=st.integers(LENGTH, 200),
     share=st.integers(1, 4),
@@ -129,7 +133,7 @@ def test_ranks_see_every_window_once_an_epoch_and_resume_where_they_were(
     windows, size = stream(tokens), share * world
     steps = -(-2 * len(windows) // size)
     seen = [
-        [rank_rows(training_batch(windows, step, size, seed), rank, world).input_ids for rank in range(world)]
+        [share_of(training_batch(windows, step, size, seed), rank, world) for rank in range(world)]
         for step in range(steps)
     ]
     assert all(len(rows) == share for ranks in seen for rows in ranks)
@@ -137,20 +141,7 @@ def test_ranks_see_every_window_once_an_epoch_and_resume_where_they_were(
     for epoch in range(2):
         assert len(order[epoch * len(windows) : (epoch + 1) * len(windows)].unique()) == len(windows) * LENGTH
     again = stream(tokens)  # another process, begun at the last step
-    resumed = [rank_rows(training_batch(again, steps - 1, size, seed), rank, world).input_ids for rank in range(world)]
+    resumed = [share_of(training_batch(again, steps - 1, size, seed), rank, world) for rank in range(world)]
     assert all(torch.equal(a, b) for a, b in zip(resumed, seen[-1], strict=True))
     alone = training_batch(again, steps - 1, size, seed).input_ids
     assert torch.equal(torch.cat(resumed), alone)
-
-
-@pytest.mark.parametrize(("rows", "world"), [(5, 2), (7, 3), (3, 3)])
-def test_ranks_share_a_batch_that_does_not_divide(rows: int, world: int) -> None:
-    batch = Batch(torch.arange(rows)[:, None])
-    parts = [rank_rows(batch, rank, world).input_ids for rank in range(world)]
-    assert torch.equal(torch.cat(parts), batch.input_ids)
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-def test_more_ranks_than_sequences() -> None:
-    with pytest.raises(DataError, match=r"more ranks than sequences[\s\S]*at most 2 ranks[\s\S]*found: 3 ranks"):
-        rank_rows(Batch(torch.zeros(2, LENGTH)), 0, 3)
