@@ -7,7 +7,7 @@ L layers, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from dynaconv.dynamic.context import recording, using
 from dynaconv.dynamic.ffn import DynamicFFN
 from dynaconv.dynamic.policy import Full, Routed
 from dynaconv.dynamic.router import solve_level
+from dynaconv.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def solve_budget(
     tolerance: float = 0.005,
     start: float | None = None,
     iterations: int = 8,
+    ranks: Ranks | None = None,
 ) -> Solved:
     """The level, shared by all layers, at which ``model`` spends ``budget`` of its FFNs on ``batches``.
 
@@ -62,12 +64,13 @@ def solve_budget(
         tolerance: Largest difference accepted.
         start: Level to begin at, such as that of a neighbouring budget; the full dial's scores when ``None``.
         iterations: Forward passes over ``batches`` at most. The closest level seen is returned.
+        ranks: The processes that each have some of the batches; alone by default.
     """
     router, layers = model.ffns()[0].router, model.layout.layers
     ask, best, level = budget, Solved(0.0, float("inf")), start
     for _ in range(iterations + (start is None)):
         policy = Listening(Full() if level is None else Routed(torch.full((layers,), level)))
-        share = _spend(model, batches, policy)
+        share = _spend(model, batches, policy, ranks)
         if level is not None:
             if abs(share - budget) < abs(best.share - budget):
                 best = Solved(level, share)
@@ -75,11 +78,16 @@ def solve_budget(
                 break
             ask += 0.5 * (budget - share)  # what is left when the scores keep moving with the level
         scores = [torch.cat(policy.scores[layer]) for layer in sorted(policy.scores)]
-        level = solve_level(router, scores, min(1.0, max(1e-3, ask)))
+        level = solve_level(router, scores, min(1.0, max(1e-3, ask)), mean=mean_over(ranks, len(scores[0])))
     return best
 
 
-def _spend(model: Any, batches: Sequence[Batch], policy: Listening) -> float:
+def mean_over(ranks: Ranks | None, tokens: int) -> Callable[[Tensor], Tensor]:
+    """Takes the mean over ranks of which this one has ``tokens`` tokens."""
+    return (lambda one: one) if ranks is None else (lambda one: ranks.mean(one, tokens))
+
+
+def _spend(model: Any, batches: Sequence[Batch], policy: Listening, ranks: Ranks | None) -> float:
     """Runs ``batches``; returns the share spent on real tokens and keeps only their scores."""
     device = next(model.parameters()).device
     edges = torch.tensor(model.layout.edges, dtype=torch.float64) / model.layout.edges[-1]
@@ -95,4 +103,6 @@ def _spend(model: Any, batches: Sequence[Batch], policy: Listening) -> float:
             for scores in policy.scores.values():
                 scores[-1] = scores[-1][real]
         total, count = total + float(edges[used].sum()), count + used.numel()
+    if ranks is not None:
+        total, count = ranks.sum(torch.tensor([total, count], dtype=torch.float64)).tolist()
     return total / count

@@ -17,6 +17,7 @@ class CalibrateStage(Stage):
     name = "calibrate"
     consumes = ("parent", "dynamic")
     produces = "dials"
+    distributed = True
     sections = ("seed", "data", "calibrate")
 
     def estimate(self, config: RunConfig, source: Dense) -> Estimate:
@@ -37,8 +38,6 @@ class CalibrateStage(Stage):
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Writes ``dynaconv.json`` with the dial, ``frontier.json`` and ``frontier.png``."""
-        import torch
-
         from dynaconv.arch.checkpoint import Checkpoint
         from dynaconv.calibrate.frontier import FRONTIER_FILE, PICTURE_FILE
         from dynaconv.calibrate.sweep import levels_for, measure, uniform_table
@@ -48,10 +47,10 @@ class CalibrateStage(Stage):
         from dynaconv.evaluation.scoring import load_dense
 
         settings, data = context.config.calibrate, context.config.data
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        ranks, device = context.ranks, context.ranks.device
         model = load(context.inputs["dynamic"]).to(device).eval()
         parent = load_dense(context.inputs["parent"], device)
-        text = held_out(context, model.config)
+        text = held_out(context, model.config).own(ranks)
         routers = sum(value.numel() for value in model.router_state().values())
         middle = data.sequence_length // 2
         costs = (
@@ -61,14 +60,16 @@ class CalibrateStage(Stage):
         budgets = {*settings.budgets, 1.0}
         with context.progress.task("calibrate", total=2 * len(budgets), unit="budgets") as task:
             routed = model.layout.router.kind != "none"
-            table = levels_for(model, text, settings, task) if routed else uniform_table(model.layout, settings.budgets)
+            solved = levels_for(model, text, settings, task, ranks) if routed else None
+            table = solved or uniform_table(model.layout, settings.budgets)
             model.layout = model.layout.with_dial(table, {})
-            frontier = measure(model, parent, text, costs, settings.speed_tokens, task)
+            frontier = measure(model, parent, text, costs, settings.speed_tokens, task, ranks)
         qualities = tuple(row["quality"] for row in frontier["frontier"])
         layout = model.layout.with_dial(replace(table, qualities=qualities), frontier)
-        layout.save(context.folder)
-        write_json(context.folder / FRONTIER_FILE, frontier)
-        draw_frontier(frontier, context.folder / PICTURE_FILE)
+        if ranks.main:
+            layout.save(context.folder)
+            write_json(context.folder / FRONTIER_FILE, frontier)
+            draw_frontier(frontier, context.folder / PICTURE_FILE)
         return {
             "parent_loss": frontier["parent"]["loss"],
             "quality": {f"{row['budget']:g}": round(row["quality"], 4) for row in frontier["frontier"]},

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynaconv.calibrate.solve import Listening, solve_budget
+from dynaconv.calibrate.solve import Listening, mean_over, solve_budget
 from dynaconv.config import CalibrateConfig
 from dynaconv.data.windows import Batch
 from dynaconv.dynamic.context import using
@@ -21,7 +21,9 @@ from dynaconv.dynamic.router import solve_level
 from dynaconv.evaluation.cost import CostModel
 from dynaconv.evaluation.scoring import Score, most_likely, score
 from dynaconv.evaluation.speed import decoding, interleaved
+from dynaconv.profile.calibration import own_rows
 from dynaconv.progress import Task
+from dynaconv.ranks import Ranks
 
 SPEED_ROUNDS = 3
 
@@ -33,21 +35,32 @@ class Text:
     solve: Sequence[Batch]
     score: Sequence[Batch]
 
+    def own(self, ranks: Ranks) -> Text:
+        """This rank's windows of every batch.
 
-def levels_for(model: Any, text: Text, config: CalibrateConfig, task: Task) -> DialTable:
+        Raises:
+            ConfigError: There are more ranks than a batch has sequences.
+        """
+        parts = [own_rows(batches, ranks, what="calibrate.batch_size") for batches in (self.solve, self.score)]
+        return Text(*parts)
+
+
+def levels_for(model: Any, text: Text, config: CalibrateConfig, task: Task, ranks: Ranks | None = None) -> DialTable:
     """The dial table of ``model``, qualities still unknown (zero). The last budget is 1.
 
-    Levels are shared by the layers: the routers' own scores say which layer deserves width.
+    Levels are shared by the layers: the routers' own scores say which layer deserves width. With ``ranks``, ``text``
+    is this one's.
     """
     budgets, layers = sorted({*config.budgets, 1.0}), model.layout.layers
     found: list[float] = []
     for budget in budgets[:-1]:
-        solved = solve_budget(model, text.solve, budget, tolerance=config.tolerance, start=found[-1] if found else None)
+        start = found[-1] if found else None
+        solved = solve_budget(model, text.solve, budget, tolerance=config.tolerance, start=start, ranks=ranks)
         found.append(max(solved.level, found[-1] if found else -math.inf))
         task.advance(note=f"budget {budget:g} spends {solved.share:.3f}")
         if abs(solved.share - budget) > max(0.02, config.tolerance):
             task.progress.say(f"calibrate: budget {budget:g} cannot be met; the nearest spends {solved.share:.3f}")
-    top = _level_of_everything(model, text.solve)
+    top = _level_of_everything(model, text.solve, ranks)
     found.append(max(top, found[-1]) if found else top)
     return DialTable(tuple(budgets), tuple((level,) * layers for level in found), (0.0,) * len(budgets))
 
@@ -60,18 +73,24 @@ def uniform_table(layout: Layout, budgets: Sequence[float]) -> DialTable:
 
 
 @torch.no_grad()
-def _level_of_everything(model: Any, batches: Sequence[Batch]) -> float:
+def _level_of_everything(model: Any, batches: Sequence[Batch], ranks: Ranks | None) -> float:
     """The lowest level at which every token of the first batch uses every block."""
     policy = Listening(Full())
     batch = batches[0].to(next(model.parameters()).device)
     with using(policy):
         model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     scores = [torch.cat(found) for found in policy.scores.values()]
-    return solve_level(model.ffns()[0].router, scores, 1.0)
+    return solve_level(model.ffns()[0].router, scores, 1.0, mean=mean_over(ranks, len(scores[0])))
 
 
 def measure(
-    model: Any, parent: Any, text: Text, costs: tuple[CostModel, CostModel], speed_tokens: int, task: Task
+    model: Any,
+    parent: Any,
+    text: Text,
+    costs: tuple[CostModel, CostModel],
+    speed_tokens: int,
+    task: Task,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """``frontier.json``: the parent, and loss, agreement, share and cost at every budget of the model's table.
 
@@ -82,15 +101,17 @@ def measure(
         costs: Cost models of the parent and of the dynamic model.
         speed_tokens: Tokens generated for tokens/s, 0 for none.
         task: Advanced once a budget.
+        ranks: The processes that each have some of ``text``, of which rank 0 measures speed; alone by default.
     """
-    dense = score(parent, text.score)
+    dense = score(parent, text.score, ranks=ranks)
     wanted = most_likely(parent, text.score)
     rows = []
     for budget in model.layout.dial.budgets:
-        got = score(model, text.score, model.policy(Dial(budget=budget)), parent=wanted)
+        got = score(model, text.score, model.policy(Dial(budget=budget)), parent=wanted, ranks=ranks)
         rows.append(_row(budget, got, dense, costs[1]))
         task.advance(note=f"budget {budget:g} loss {got.loss:.3f}")
-    speeds = _speeds(model, parent, text.score[0].input_ids[:1, :16], speed_tokens)
+    measured = speed_tokens if ranks is None or ranks.main else 0
+    speeds = _speeds(model, parent, text.score[0].input_ids[:1, :16], measured)
     for row in rows:
         row["tokens_per_s"] = speeds.get(str(row["budget"]))
     first = {

@@ -13,6 +13,7 @@ from torch import Tensor
 from dynaconv.data.windows import Batch
 from dynaconv.dynamic.context import recording, using
 from dynaconv.dynamic.policy import Full, Policy
+from dynaconv.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,12 @@ def most_likely(model: Any, batches: Iterable[Batch]) -> list[Tensor]:
 
 @torch.no_grad()
 def score(
-    model: Any, batches: Sequence[Batch], policy: Policy | None = None, *, parent: Sequence[Tensor] | None = None
+    model: Any,
+    batches: Sequence[Batch],
+    policy: Policy | None = None,
+    *,
+    parent: Sequence[Tensor] | None = None,
+    ranks: Ranks | None = None,
 ) -> Score:
     """Runs ``batches`` under ``policy``.
 
@@ -61,6 +67,7 @@ def score(
         batches: Windows of text.
         policy: How widths are decided; all blocks when ``None``.
         parent: The parent's most likely tokens on the same batches (:func:`most_likely`).
+        ranks: The processes that each score some of the batches; alone by default.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -87,6 +94,10 @@ def score(
             shares += float(edges[used].mean(0).sum())
     model.train(was_training)
     real = sum(batch.tokens for batch in batches)
+    if ranks is not None:
+        sums = torch.tensor([loss, count, agreeing, shares, real, *widths.tolist()], dtype=torch.float64)
+        loss, count, agreeing, shares, real, *rest = ranks.sum(sums).tolist()
+        count, widths = int(count), torch.tensor(rest, dtype=torch.float64)
     return Score(
         loss=loss / count,
         active_share=shares / real if edges is not None else 1.0,

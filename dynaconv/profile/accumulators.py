@@ -14,6 +14,8 @@ from typing import Self
 
 import torch
 
+from dynaconv.ranks import Ranks
+
 QUANTILES = (0.1, 0.5, 0.9)
 BINS = 1024
 LOWEST, HIGHEST = 1e-4, 1e2  # relative errors outside are counted at these ends
@@ -46,6 +48,11 @@ class Sums:
             raise ValueError(f"cannot merge {type(other).__name__} {shapes[1]} into {type(self).__name__} {shapes[0]}")
         for name, tensor in self.sums.items():
             tensor += other.sums[name].to(tensor.device)
+        return self
+
+    def gather(self, ranks: Ranks) -> Self:
+        """Merges what every rank gathered; all ranks then hold the same."""
+        self.sums = {name: ranks.sum(tensor) for name, tensor in self.sums.items()}
         return self
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ from dynaconv.data.windows import Batch
 from dynaconv.profile.measure import Sample
 from dynaconv.profile.skeleton import skeleton
 from dynaconv.profile.streaming import LayerStream, predicting
+from dynaconv.ranks import Ranks
 
 TOKENS = 1024  # tokens in one backward pass: its activations are kept for all layers
 
@@ -33,6 +34,7 @@ def loss_weights(
     *,
     trust_remote_code: bool = False,
     finished: Callable[[Batch, int], None] = lambda batch, tokens: None,
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """What the loss feels of an error at every layer and curve token of ``sample``: g, from one backward pass.
 
@@ -41,15 +43,16 @@ def loss_weights(
         sample: Which tokens.
         trust_remote_code: Let transformers run code from the checkpoint's folder.
         finished: Called after each micro-batch, with the number of its curve tokens.
+        ranks: The processes that each have some of the tokens; alone by default.
 
     Returns:
-        ``(L, curve tokens)`` float32 on the CPU, mean 1.
+        ``(L, curve tokens)`` float32 on the CPU, mean 1 over all ranks.
 
     Raises:
         CheckpointError: A weight is NaN or infinite; the message names the tensor.
     """
     model = whole_model(stream.checkpoint, stream.dtype, stream.device, trust_remote_code=trust_remote_code)
-    parts = []
+    parts = [torch.zeros(stream.checkpoint.layers, 0)]
     for batch, mask in zip(sample.batches, sample.curve_masks, strict=True):
         size = max(1, TOKENS // batch.input_ids.shape[1])
         measured = int(mask.any(dim=1).nonzero().max()) + 1 if bool(mask.any()) else 0  # windows, from the first
@@ -59,7 +62,9 @@ def loss_weights(
             parts.append(felt_by_loss(model, stream.checkpoint, piece)[:, chosen].cpu())
             finished(piece, int(chosen.sum()))
     weights = torch.cat(parts, dim=1)
-    return weights / weights.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    total = torch.stack([weights.double().sum(), torch.tensor(float(weights.numel()), dtype=torch.float64)])
+    total = total if ranks is None else ranks.sum(total)
+    return weights / (total[0] / total[1]).float().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def felt_by_loss(model: Any, checkpoint: Checkpoint, batch: Batch) -> Tensor:

@@ -26,7 +26,9 @@ from dynaconv.dynamic.projections import ffn_weights
 from dynaconv.kernels.reference import hidden_neurons
 from dynaconv.kernels.weights import FFNWeights
 from dynaconv.profile.accumulators import ActivationMean, CurveStatistics, RidgeStatistics
+from dynaconv.profile.calibration import own_rows
 from dynaconv.profile.streaming import LayerStream, predicting
+from dynaconv.ranks import Ranks
 
 ORDERS = ("importance", "none")
 ROWS = 1024  # tokens whose curves are measured at once
@@ -58,6 +60,16 @@ class Sample:
             left = max(0, left - len(mask))
             masks.append(mask)
         return cls(batches, masks)
+
+    def own(self, ranks: Ranks) -> Sample:
+        """This rank's windows of every batch, and the tokens of them that curves are measured on.
+
+        Raises:
+            ConfigError: There are more ranks than a batch has sequences.
+        """
+        masks = [mask[slice(*ranks.rows(len(mask)))] for mask in self.curve_masks]
+        batches = own_rows(self.batches, ranks, what="profile.batch_size")
+        return Sample(batches, [mask for mask in masks if len(mask)])
 
     @property
     def tokens(self) -> int:
@@ -109,6 +121,7 @@ def measure_layer(
     edges: Sequence[int],
     weights: Tensor | None = None,
     finished: Callable[[Batch], None] = lambda batch: None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Tensor]:
     """Measures decoder layer ``index`` and moves the hidden states behind it.
 
@@ -121,6 +134,7 @@ def measure_layer(
         edges: N + 1 neuron positions.
         weights: ``(curve tokens,)``, what the loss feels of an error of each token in this layer, or ``None``.
         finished: Called after each batch.
+        ranks: The processes that each measure some of the batches; alone by default.
 
     Returns:
         ``activation``, ``importance`` (F,), ``order`` (F,) int64, ``curve_mean`` (N + 1,), ``curve_quantiles``
@@ -130,12 +144,16 @@ def measure_layer(
     with stream.layer(index) as layer:
         ffn = stream.ffn(layer)
         activation, kept = _run(stream, index, layer, hidden, sample, finished)
+        if ranks is not None:
+            activation.gather(ranks)
         mean = activation.mean()
         stock = ffn_weights(ffn, spec.gate, spec.up, spec.down, stream.activation)
         importance = mean * torch.linalg.vector_norm(stock.down, dim=0, dtype=torch.float32)
         ranked = ranking(importance, order)
         ordered = ordered_weights(stock, ranked)
         curves, ridge = measure_curves(kept, ordered, edges, weights)
+        if ranks is not None:
+            curves, ridge = curves.gather(ranks), ridge.gather(ranks)
     measured = {
         "activation": mean,
         "importance": importance,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from dynaconv.arch.blocks import block_edges
@@ -26,6 +27,7 @@ class ProfileStage(Stage):
     name = "profile"
     consumes = ("dense",)
     produces = "statistics"
+    distributed = True
     sections = ("blocks", "seed", "data", "profile")
 
     def estimate(self, config: RunConfig, source: Dense) -> Estimate:
@@ -55,8 +57,9 @@ class ProfileStage(Stage):
         folder = context.inputs["dense"]
         checkpoint = Checkpoint.open(folder)
         edges = block_edges(checkpoint.sizes["ffn"], config.blocks)
-        sample, digest = _sample(checkpoint, context)
-        stream = LayerStream(checkpoint, trust_remote_code=config.trust_remote_code)
+        whole, digest = _sample(checkpoint, context)
+        sample = whole.own(context.ranks)
+        stream = LayerStream(checkpoint, context.ranks.device, trust_remote_code=config.trust_remote_code)
         context.log.info("profile: computing in %s on %s", stream.dtype, stream.device)
         felt = _felt(stream, sample, context) if config.profile.loss_aware else None
         loss, half = _stream(stream, sample, edges, felt, context)
@@ -64,8 +67,8 @@ class ProfileStage(Stage):
             found = f"{loss} nats a token, computed in {stream.dtype}"
             raise CheckpointError("the model's loss on the calibration text is not finite", where=folder, found=found)
         summary = Summary(
-            tokens=sample.tokens,
-            curve_tokens=sample.curve_tokens,
+            tokens=whole.tokens,
+            curve_tokens=whole.curve_tokens,
             layers=checkpoint.layers,
             blocks=config.blocks,
             edges=edges,
@@ -76,13 +79,14 @@ class ProfileStage(Stage):
             seed=config.seed,
             dtype=str(stream.dtype).removeprefix("torch."),
         )
-        summary.save(context.folder)
+        if context.ranks.main:
+            summary.save(context.folder)
         return {
-            "tokens": sample.tokens,
+            "tokens": whole.tokens,
             "loss": loss,
-            "tokens_per_s": sample.tokens / (time.monotonic() - started),
+            "tokens_per_s": whole.tokens / (time.monotonic() - started),
             "half_width_error": half,
-            "curve_share": sample.curve_tokens / sample.tokens,
+            "curve_share": whole.curve_tokens / whole.tokens,
         }
 
 
@@ -111,6 +115,7 @@ def _felt(stream: LayerStream, sample: Sample, context: StageContext) -> torch.T
             sample,
             trust_remote_code=context.config.trust_remote_code,
             finished=lambda batch, tokens: task.advance(tokens, tokens=tokens),
+            ranks=context.ranks,
         )
 
 
@@ -118,13 +123,17 @@ def _stream(
     stream: LayerStream, sample: Sample, edges: tuple[int, ...], felt: torch.Tensor | None, context: StageContext
 ) -> tuple[float, float]:
     """Measures and writes layer by layer; the parent's loss, and the mean error at half width over layers."""
+    import torch
+
     from dynaconv.profile.measure import measure_layer
     from dynaconv.profile.statistics import open_writer, tensor_layout
+    from dynaconv.profile.streaming import predicting
 
     layers, half = stream.checkpoint.layers, []
     layout = tensor_layout(layers, stream.checkpoint.sizes["residual"], edges)
-    steps = layers * len(sample.batches)
-    with open_writer(context.folder, layout) as writer, context.progress.task("profile", steps, "batches") as task:
+    steps, ranks = layers * len(sample.batches), context.ranks
+    place = open_writer(context.folder, layout) if ranks.main else nullcontext(None)
+    with place as writer, context.progress.task("profile", steps, "batches") as task:
         hidden = stream.embed(sample.batches)
         for index in range(layers):
             task.advance(0, note=f"layer {index + 1} of {layers}")
@@ -136,11 +145,15 @@ def _stream(
                 order=context.config.profile.order,
                 edges=edges,
                 weights=None if felt is None else felt[index],
-                finished=lambda batch: task.advance(tokens=batch.tokens / layers),
+                finished=lambda batch: task.advance(tokens=ranks.world * batch.tokens / layers),
+                ranks=ranks,
             )
-            for name, tensor in measured.items():
-                writer.write(f"layers.{index}.{name}", tensor)
+            if writer is not None:
+                for name, tensor in measured.items():
+                    writer.write(f"layers.{index}.{name}", tensor)
             half.append(float(measured["curve_mean"][len(edges) // 2]))
-        loss = stream.loss(hidden, sample.batches)
+        scored = sum(int(predicting(batch).sum()) for batch in sample.batches)
+        own = torch.tensor(stream.loss(hidden, sample.batches), dtype=torch.float64)
+        loss = ranks.mean(own, scored).item()
         task.advance(0, note=f"loss {loss:.3f}")
     return loss, sum(half) / layers
