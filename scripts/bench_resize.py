@@ -2,15 +2,14 @@
 
     python scripts/bench_resize.py MODEL VALID.txt
 
-Down: MODEL at half its width. Up: a small base, trained here, at twice its width. Both arrive at the same shape, so
-the random inits are the same. Those train for the whole budget, and their learning rate falls to zero at its end: their
-best case. Clones get a quarter of it (down) or 1/2.2 (up), with the same schedule over what they get, and should end at
-or below the random init's last loss. Equal seeds see the same batches in the same order. Peak learning rates are tuned
-for each side on seed 0, and further while the best is at an edge; variants of a clone train at the clone's, the base at
-the random init's. What the sources themselves have cost is not counted, but written down. VALID.txt is text that nobody
-trained on.
+Down: MODEL at half its width. Up: a small base, trained here, at twice its width. Random inits train for the whole
+budget, and their learning rate falls to zero at its end: their best case. Clones get a quarter of it (down) or 1/2.2
+(up), with the same schedule over what they get, and should end at or below the random init's last loss. Equal seeds see
+the same batches in the same order. Peak learning rates are tuned for each side on seed 0, and further while the best is
+at an edge; variants of a clone train at the clone's, the base at the random init's. What the sources themselves have
+cost is not counted, but written down. VALID.txt is text that nobody trained on.
 
-One row is one run; finished rows are kept in --runs. One thread, bf16 products, fp32 weights.
+One row is one run; finished rows are kept in --runs. One thread, bf16 products, fp32 weights. About two hours.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import platform
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from bench_quality import training_text, windows
-from resize_clones import VARIANTS, Sources, separation
+from resize_clones import Sources, separation
 from resize_plot import draw
 from resize_rows import Bench, Result, Row, end_loss, tokens_to_reach
 
@@ -44,21 +43,55 @@ from dynaconv.train.shape import Shape, build
 
 LARGE = Shape(hidden=128, ffn=512, layers=4, heads=2, kv_heads=1, vocabulary=2048)  # half of MODEL, twice the base
 SMALL = replace(LARGE, hidden=64, ffn=256, heads=1)
-FEWER = {"subclone": 4.0, "hyperclone": 2.2}  # times fewer tokens than the random init: the claim
-RATES = {
-    "random": (7.5e-4, 1.5e-3, 3e-3),
-    "subclone": (7.5e-4, 1.5e-3, 3e-3),
-    "hyperclone": (3.75e-4, 7.5e-4, 1.5e-3),
-}
 PACKAGE_CHARACTERS = 250_000  # of each package, at most: more tokens than a random init's budget
 CALIBRATION_TOKENS = 65536
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Clones of one kind against random inits of their shape.
+
+    Attributes:
+        start: ``subclone`` or ``hyperclone``.
+        fewer: How many times fewer tokens a clone gets: the claim.
+        optimizer: Of all rows.
+        tokens: Budget of a random init.
+        random_rates: Peak learning rates tried for random inits.
+        rates: The same for clones.
+        base_tokens: Budget of the small base.
+        variants: Of the clone.
+    """
+
+    start: str
+    fewer: float
+    optimizer: str
+    tokens: int
+    random_rates: tuple[float, ...]
+    rates: tuple[float, ...]
+    base_tokens: int = 0
+    variants: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """In the result file."""
+        return f"{self.start}, {self.optimizer}"
+
+
+ADAMW_RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3)
+COMPARISONS = (
+    Comparison(
+        "subclone", 4.0, "AdamW", 5_000_000, ADAMW_RATES, ADAMW_RATES, variants=("without rescale", "without ordering")
+    ),
+    Comparison(
+        "hyperclone", 2.2, "Muon", 1_500_000, (5e-3, 1e-2), (2.5e-3, 5e-3), 4_500_000, variants=("without noise",)
+    ),
+    Comparison("hyperclone", 2.2, "AdamW", 5_000_000, ADAMW_RATES, (3.75e-4, 7.5e-4, 1.5e-3), 16_000_000),
+)
 
 
 def main(
     model: Annotated[Path, typer.Argument(help="Dense checkpoint to halve.")],
     valid: Annotated[Path, typer.Argument(help="Text nobody has trained on.")],
-    tokens: Annotated[float, typer.Option(help="Budget of a random init.")] = 5e6,
-    base_tokens: Annotated[float, typer.Option(help="Budget of the small base.")] = 10e6,
     seeds: Annotated[int, typer.Option(help="Seeds of every row.")] = 3,
     exclude: Annotated[str, typer.Option(help="Packages left out of the training text.")] = "rich,typer,idlelib",
     runs: Annotated[Path, typer.Option(help="Where finished rows are kept.")] = Path("runs/bench-resize"),
@@ -74,15 +107,11 @@ def main(
     train = load_corpus(data, tokenizer, validation_tokens=0).train
     schedule = Schedule(batch_size=8, warmup_share=0.03, decay_share=1.0, precision="bf16")
     bench = Bench(runs, train, list(windows(tokenizer, valid)), schedule)
-
-    summary = compare(bench, model, tokenizer, int(tokens), int(base_tokens), seeds)
-    settings = {"model": model.name, "valid": valid.name, "tokens": int(tokens), "base_tokens": int(base_tokens)}
-    settings |= {"seeds": seeds, "excluded": exclude, "rates": RATES, "training_text_tokens": train.total_tokens}
-    command = ["python", "scripts/bench_resize.py", model.name, valid.name, "--tokens", f"{tokens:g}"]
-    command += ["--base-tokens", f"{base_tokens:g}", "--seeds", str(seeds)]
+    summary = {each.name: compare(bench, each, model, tokenizer, seeds) for each in COMPARISONS}
     content = {
-        "command": shlex.join(command),
-        "settings": settings,
+        "command": shlex.join(["python", "scripts/bench_resize.py", model.name, valid.name, "--seeds", str(seeds)]),
+        "settings": {"model": model.name, "valid": valid.name, "seeds": seeds, "excluded": exclude},
+        "comparisons": [asdict(each) for each in COMPARISONS],
         "schedule": bench.shared,
         "shapes": {"clones and random inits": asdict(LARGE), "small base": asdict(SMALL)},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "threads": 1},
@@ -93,43 +122,46 @@ def main(
     draw(content, picture)
 
 
-def compare(bench: Bench, model: Path, tokenizer: Any, tokens: int, base_tokens: int, seeds: int) -> dict[str, Any]:
-    """Trains every row; what each start needed and where it ended."""
-    random = bench.tuned(Row("random", "", 0.0, 0, tokens), RATES["random"], seeds, lambda row: build(LARGE, row.seed))
-    base = Row("base", "", random[0]["learning_rate"], 0, base_tokens)
-    small = bench.folder / base.name
-    trained = bench.run(base, lambda row: build(SMALL, row.seed), keep=small)
-    tokenizer.save_pretrained(small)
+def compare(bench: Bench, wanted: Comparison, model: Path, tokenizer: Any, seeds: int) -> dict[str, Any]:
+    """Trains the rows of one comparison; what each start needed and where it ended."""
+    row = Row("random", "", 0.0, 0, wanted.tokens, wanted.optimizer)
+    random = bench.tuned(row, wanted.random_rates, seeds, lambda row: build(LARGE, row.seed))
+    summary: dict[str, Any] = {"random": ends(random)}
+    small = bench.folder / "base"
+    if wanted.start == "hyperclone":
+        base = replace(row, start="base", learning_rate=random[0]["learning_rate"], tokens=wanted.base_tokens)
+        small = bench.folder / base.name
+        summary["base"] = ends([bench.run(base, lambda row: build(SMALL, row.seed), keep=small)])
+        tokenizer.save_pretrained(small)
     calibration = list(evaluation_batches(bench.windows, 16, CALIBRATION_TOKENS))
     sources = Sources.measured(model, small, bench.folder / "importance", calibration)
-    summary = {"random": ends(random), "base": ends([trained])}
-    for start, fewer in FEWER.items():
-        row = Row(start, "", 0.0, 0, int(tokens / fewer))
-        variants = variants_of(bench, row, sources, seeds)
-        summary[start] = {
-            "claim": f"{fewer:g} times fewer tokens than the random init",
-            "holds": all(c <= r for c, r in zip(losses(variants[""]), losses(random), strict=True)),
-            "variants": {name: ends(results) | against(results, random) for name, results in variants.items()},
-        }
+    variants = clones(bench, wanted, sources, seeds)
+    ours, theirs = losses(variants[""]), losses(random)
+    summary |= {
+        "claim": f"{wanted.fewer:g} times fewer tokens than the random init",
+        "holds_by_seed": [our <= their for our, their in zip(ours, theirs, strict=True)],
+        "holds_against_best_random": [our <= min(theirs) for our in ours],
+        "variants": {name: ends(results) | against(results, random) for name, results in variants.items()},
+    }
     return summary
 
 
-def variants_of(bench: Bench, row: Row, sources: Sources, seeds: int) -> dict[str, list[Result]]:
+def clones(bench: Bench, wanted: Comparison, sources: Sources, seeds: int) -> dict[str, list[Result]]:
     """The clone at its best learning rate, and its variants at the same one, for every seed."""
-    measure = separation(bench.held_out[0]) if row.start == "hyperclone" else None
-    found = {"": bench.tuned(row, RATES[row.start], seeds, sources.clone, measure)}
-    best = replace(row, learning_rate=found[""][0]["learning_rate"])
-    for name in VARIANTS[row.start]:
-        if name:
-            each = [replace(best, variant=name, seed=seed) for seed in range(seeds)]
-            found[name] = [bench.run(one, sources.clone, measure) for one in each]
+    measure = separation(bench.held_out[0]) if wanted.start == "hyperclone" else None
+    row = Row(wanted.start, "", 0.0, 0, int(wanted.tokens / wanted.fewer), wanted.optimizer)
+    found = {"": bench.tuned(row, wanted.rates, seeds, sources.clone, measure)}
+    row = replace(row, learning_rate=found[""][0]["learning_rate"])
+    for name in wanted.variants:
+        each = [replace(row, variant=name, seed=seed) for seed in range(seeds)]
+        found[name] = [bench.run(one, sources.clone, measure) for one in each]
     return found
 
 
 def ends(results: Sequence[Result]) -> dict[str, Any]:
     """What rows of one start and learning rate began and ended with, seed after seed."""
     first = results[0]
-    found: dict[str, Any] = {"learning_rate": first["learning_rate"], "tokens": first["tokens"]}
+    found: dict[str, Any] = {name: first[name] for name in ("learning_rate", "tokens", "optimizer")}
     found |= {"start_losses": [r["curve"][0][1] for r in results], "end_losses": losses(results)}
     if first["before"]:
         found["copies_apart"] = {when: [result[when] for result in results] for when in ("before", "after")}
@@ -142,10 +174,16 @@ def losses(results: Sequence[Result]) -> list[float]:
 
 
 def against(results: Sequence[Result], random: Sequence[Result]) -> dict[str, Any]:
-    """Tokens that rows needed for the last loss of the random init of their seed, and how many times fewer that is."""
-    reached = [tokens_to_reach(one, end_loss(other)) for one, other in zip(results, random, strict=True)]
-    budget = random[0]["curve"][-1][0]
-    return {"tokens_to_reach": reached, "factors": [None if r is None else budget / max(r, 1) for r in reached]}
+    """Tokens that rows needed for the last loss of the random init of their seed, and how many times fewer that is.
+
+    The same against the best random init of all seeds: some find out how to copy from the context, others do not.
+    """
+    budget, found = random[0]["curve"][-1][0], {}
+    for name, targets in {"": losses(random), "_of_best": [min(losses(random))] * len(random)}.items():
+        reached = [tokens_to_reach(one, target) for one, target in zip(results, targets, strict=True)]
+        found[f"tokens_to_reach{name}"] = reached
+        found[f"factors{name}"] = [None if r is None else budget / max(r, 1) for r in reached]
+    return found
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ class Row:
         learning_rate: Peak.
         seed: Seeds random weights, noise and data order.
         tokens: Budget; the learning rate has fallen to zero at its end.
+        optimizer: ``AdamW``, or ``Muon``: Muon for the layers' matrices and AdamW for the rest.
     """
 
     start: str
@@ -40,11 +41,20 @@ class Row:
     learning_rate: float
     seed: int
     tokens: int
+    optimizer: str = "AdamW"
 
     @property
     def name(self) -> str:
         """Name of its file."""
-        fields = (self.start, self.variant.replace(" ", "-"), f"{self.learning_rate:g}", self.seed, self.tokens)
+        optimizer = "" if self.optimizer == "AdamW" else self.optimizer.lower()
+        fields = (
+            self.start,
+            optimizer,
+            self.variant.replace(" ", "-"),
+            f"{self.learning_rate:g}",
+            self.seed,
+            self.tokens,
+        )
         return "-".join(str(each) for each in fields if each != "")
 
 
@@ -57,7 +67,7 @@ class Bench:
         windows: Training text.
         held_out: Batches that are scored.
         schedule: Batch size, warm-up, decay, weight decay, clip and precision.
-        rows: Finished rows, in the order they were asked for.
+        rows: Finished rows, in the order they were first asked for.
     """
 
     folder: Path
@@ -72,7 +82,7 @@ class Bench:
         names = ("batch_size", "warmup_share", "decay_share", "weight_decay", "clip", "precision")
         shared = {name: getattr(self.schedule, name) for name in names}
         shared |= {"sequence_length": self.windows.length, "text_tokens": self.windows.total_tokens}
-        return shared | {"optimizer": "AdamW", "betas": list(BETAS)}
+        return shared | {"betas": list(BETAS)}
 
     def run(
         self,
@@ -97,7 +107,8 @@ class Bench:
             write_json(path, found)
             start, end = found["curve"][0][1], found["curve"][-1][1]
             typer.echo(f"{row.name}: loss {start:.4f} -> {end:.4f} in {found['seconds']:.0f} s")
-        self.rows.append({name: value for name, value in found.items() if name != "shared"})
+        listed = {name: value for name, value in found.items() if name != "shared"}
+        self.rows.extend([listed] if listed not in self.rows else [])
         return found
 
     def tuned(
@@ -137,22 +148,23 @@ class Bench:
         tokens_per_step = schedule.batch_size * self.windows.length
         steps = max(1, row.tokens // tokens_per_step)
         due = {round(steps * share) for share in MARKS}
-        optimizer = adamw(model, schedule.weight_decay)
+        optimizers = optimizers_of(model, row.optimizer, schedule.weight_decay)
         model.train()
         for step in range(steps + 1):
             if step in due:
                 curve.append([step * tokens_per_step, self._held_out_loss(model)])
             if step == steps:
                 break
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = row.learning_rate * rate(step, steps, schedule)
             batch = training_batch(self.windows, step, schedule.batch_size, row.seed)
             with self._precision():
                 logits = model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1].float()
             torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.input_ids[:, 1:].flatten()).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         return curve
 
     def _held_out_loss(self, model: Any) -> float:
@@ -164,12 +176,23 @@ class Bench:
         return torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
-def adamw(model: Any, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW; norms are not decayed."""
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    vectors = [p for p in model.parameters() if p.dim() != 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=BETAS, fused=True)
+def optimizers_of(model: Any, kind: str, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or for what Muon leaves: embeddings and norms. Norms are not decayed.
+
+    Muon's updates are scaled to AdamW's usual size, so that one learning rate serves both.
+    """
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if kind == "Muon" and ".layers." in name and p.dim() == 2]
+    taken = {id(p) for p in matrices}
+    others = [p for _, p in named if id(p) not in taken]
+    groups = [
+        {"params": [p for p in others if p.dim() == 2], "weight_decay": weight_decay},
+        {"params": [p for p in others if p.dim() != 2], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, betas=BETAS, fused=True)
+    if not matrices:
+        return [adamw]
+    return [torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"), adamw]
 
 
 def end_loss(result: Result) -> float:

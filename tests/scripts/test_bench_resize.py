@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ TOKENS = 4 * 8 * 5  # five steps
 @pytest.fixture
 def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    return runpy.run_path(str(SCRIPTS / "bench_resize.py"))
+    variants = runpy.run_path(str(SCRIPTS / "resize_clones.py"))["VARIANTS"]
+    return {**runpy.run_path(str(SCRIPTS / "bench_resize.py")), "VARIANTS": variants}
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_a_finished_row_is_found_and_a_change_of_settings_trains_it_again(script
     first = bench.run(row, lambda row: build(SMALL, row.seed))
     assert [tokens for tokens, _ in first["curve"]] == [0, 32, 64, 96, 128, 160]
     assert first["curve"][-1][1] != first["curve"][0][1]
-    assert bench.run(row, refuse)["curve"] == first["curve"] and len(bench.rows) == 2
+    assert bench.run(row, refuse)["curve"] == first["curve"] and len(bench.rows) == 1
     with pytest.raises(AssertionError, match=r"random-0\.01-1"):
         bench.run(replace(row, seed=1), refuse)
     with pytest.raises(AssertionError, match="is trained"):
@@ -117,18 +118,20 @@ def test_the_whole_table_and_its_picture(
     for name, value in {"LARGE": shape, "SMALL": SMALL, "CALIBRATION_TOKENS": 64}.items():
         monkeypatch.setitem(scripts["compare"].__globals__, name, value)
     source = saved(replace(LARGE, hidden=64, ffn=128, heads=8), tmp_path / "source")
-    summary = scripts["compare"](bench, source, Tokenizer(), TOKENS, TOKENS, 2)
-    for start, fewer in scripts["FEWER"].items():
-        clone = summary[start]["variants"][""]
-        assert clone["tokens"] == int(TOKENS / fewer) and len(clone["end_losses"]) == 2
-        better = [
-            ours <= theirs for ours, theirs in zip(clone["end_losses"], summary["random"]["end_losses"], strict=True)
-        ]
-        assert summary[start]["holds"] == all(better)
-        assert all(
-            reached is not None for reached, below in zip(clone["tokens_to_reach"], better, strict=True) if below
-        )
-    content = {"settings": {"model": "tiny"}, "summary": summary, "rows": bench.rows}
+    comparisons = [
+        scripts["Comparison"]("subclone", 4.0, "AdamW", TOKENS, (1e-2,), (1e-2,), variants=("without rescale",)),
+        scripts["Comparison"]("hyperclone", 2.2, "Muon", TOKENS, (1e-2,), (1e-2,), TOKENS, ("without noise",)),
+    ]
+    summary = {each.name: scripts["compare"](bench, each, source, Tokenizer(), 2) for each in comparisons}
+    for each, found in zip(comparisons, summary.values(), strict=True):
+        random, clone = found["random"], found["variants"][""]
+        assert clone["tokens"] == int(TOKENS / each.fewer) and clone["optimizer"] == each.optimizer
+        assert len(clone["end_losses"]) == len(random["end_losses"]) == 2 and len(found["variants"]) == 2
+        below = [ours <= theirs for ours, theirs in zip(clone["end_losses"], random["end_losses"], strict=True)]
+        assert found["holds_by_seed"] == below
+        assert all(reached is not None for reached, yes in zip(clone["tokens_to_reach"], below, strict=True) if yes)
+    listed = [asdict(each) for each in comparisons]
+    content = {"settings": {"model": "tiny"}, "comparisons": listed, "summary": summary, "rows": bench.rows}
     scripts["draw"](json.loads(json.dumps(content)), tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.width > 2 * picture.height
