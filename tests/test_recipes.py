@@ -58,9 +58,12 @@ def test_the_default_comes_first_and_equals_the_schema() -> None:
 
 
 def test_recipes_that_differ_from_the_default_differ_as_they_say() -> None:
-    assert compose("nested-class").finetune.router == "class"
+    assert compose("nested-difficulty").finetune.router == "class"
     assert compose("nested-curve").finetune.router == "curve"
-    assert compose("uniform").finetune.router == "uniform"
+    assert compose("nested-uniform").finetune.router == "uniform"
+    half = compose("static-half")
+    assert half.finetune.budgets == [0.5, 0.5] and half.finetune.losses.full.weight == 0.0
+    assert half.finetune.tokens == compose().finetune.tokens, "baselines are trained on as much"
     assert "finetune" not in compose("training-free").stages
     assert compose("smoke").finetune.tokens < compose().finetune.tokens / 10
 

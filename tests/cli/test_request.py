@@ -70,7 +70,7 @@ def test_a_run_goes_on_with_its_own_recipe(tmp_path: Path) -> None:
 
 def test_a_run_may_go_on_with_another_recipe(tmp_path: Path) -> None:
     run = begun(tmp_path / "mine", blocks=4, source="org/model")
-    asked = request(None, recipe="uniform", out=run)
+    asked = request(None, recipe="nested-uniform", out=run)
     assert shown(asked) == ("org/model", str(run), 8)
     assert asked.config.finetune.router == "uniform"
 

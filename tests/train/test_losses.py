@@ -128,9 +128,12 @@ def test_routers_get_gradient_and_the_parent_none(tiny_checkpoint: Maker, traina
     parent = dynamic_model(folder, "none").requires_grad_(False)
     config = replace(CONFIG, router=router, trainable=trainable, teacher="parent")
     made, seen = trainer(folder, config, parent), []
-    made.engine.step = lambda factor: seen.append(  # type: ignore[method-assign]
-        [p.grad.abs().sum().item() for ffn in made.engine.network.ffns() for p in ffn.router.parameters()]
-    ) or {"gradient_norm": 0.0}
+    made.engine.step = lambda factor: (
+        seen.append(  # type: ignore[method-assign]
+            [p.grad.abs().sum().item() for ffn in made.engine.network.ffns() for p in ffn.router.parameters()]
+        )
+        or {"gradient_norm": 0.0}
+    )
     made.step(0)
     assert all(value > 0 for value in seen[0])
     assert all(parameter.grad is None for parameter in parent.parameters())
