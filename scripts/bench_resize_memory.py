@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -136,7 +135,7 @@ def main(
         peak = max(row["peak_rss_bytes"], row["compare"]["peak_rss_bytes"])
         row["within_limits"] = peak <= LIMIT_BYTES and row["pace_over_copy"] >= SLOWEST
     result = {
-        "command": shlex.join(["python", "scripts/bench_resize_memory.py", *sys.argv[1:]]),
+        "command": f"python scripts/bench_resize_memory.py --bytes {size:g} --hidden {hidden} --ffn {ffn} --vocab {vocab}",
         "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__},
         "limits": {"peak_rss_bytes": LIMIT_BYTES, "pace_over_copy": SLOWEST},
         "copy": copy,
