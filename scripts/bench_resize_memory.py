@@ -134,8 +134,9 @@ def main(
         row["pace_over_copy"] = round(row["bytes_per_s"] / copy["bytes_per_s"], 3)
         peak = max(row["peak_rss_bytes"], row["compare"]["peak_rss_bytes"])
         row["within_limits"] = peak <= LIMIT_BYTES and row["pace_over_copy"] >= SLOWEST
+    shown = f"--bytes {size:g} --hidden {hidden} --ffn {ffn} --vocab {vocab}"
     result = {
-        "command": f"python scripts/bench_resize_memory.py --bytes {size:g} --hidden {hidden} --ffn {ffn} --vocab {vocab}",
+        "command": f"python scripts/bench_resize_memory.py {shown}",
         "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__},
         "limits": {"peak_rss_bytes": LIMIT_BYTES, "pace_over_copy": SLOWEST},
         "copy": copy,
