@@ -20,7 +20,7 @@ from dynaconv.data import conversation
 from dynaconv.data.readers import Document
 from dynaconv.errors import DataError
 
-ALONE = 16  # batches before workers are started: they cost seconds to start, and most runs need less text
+ALONE = 64  # batches before workers are started: they cost seconds to start, and most runs need less text
 MOST_WORKERS = 8  # one process reads for all of them, and each holds a few hundred MB of libraries
 Label = TypeVar("Label")
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynaconv.config import DataConfig
+from dynaconv.data import hub
 from dynaconv.data.conversation import canonical, encode
 from dynaconv.data.corpus import load_corpus
 from dynaconv.data.digest import digest
@@ -213,6 +214,15 @@ def test_a_field_that_is_not_there(tmp_path: Path, conversations: list[Any], cha
     config = replace(chat_config(tmp_path / f"chat.{suffix}"), chat="conversation")
     with pytest.raises(DataError, match=r"no field 'conversation'[\s\S]*fields messages[\s\S]*data.chat=NAME"):
         load_corpus(config, chat_tokenizer)
+
+
+def test_a_dataset_of_conversations(tmp_path: Path, conversations: list[Any]) -> None:
+    (tmp_path / "chat.parquet").unlink()
+    found = list(hub.documents(str(tmp_path), chat_config(tmp_path), "train"))
+    assert all(document.chat for document in found)
+    assert [json.loads(text) for text in sorted(document.text for document in found)] == conversations
+    with pytest.raises(DataError, match=r"no field 'talk'[\s\S]*fields messages"):
+        list(hub.documents(str(tmp_path), replace(chat_config(tmp_path), chat="talk"), "train"))
 
 
 def test_unanswered_conversations_are_counted(tmp_path: Path, chat_tokenizer: Any) -> None:

@@ -104,6 +104,20 @@ def test_too_little_for_one_window(tmp_path: Path, tokenizer: Any) -> None:
         load_corpus(DataConfig(train=[str(tmp_path)], sequence_length=64), tokenizer)
 
 
+@pytest.mark.parametrize("chat", [None, "messages"])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
+def test_an_empty_split(tmp_path: Path, tokenizer: Any, suffix: str, chat: str | None) -> None:
+    from pyarrow import parquet, schema, string, table
+
+    path = tmp_path / f"empty.{suffix}"
+    path.write_text("")
+    if suffix == "parquet":
+        parquet.write_table(table({chat or "text": []}, schema([(chat or "text", string())])), path)
+    tokenizer.chat_template = "{{ messages }}"
+    with pytest.raises(DataError, match=rf"no training text[\s\S]*{path}[\s\S]*found: 0 tokens"):
+        load_corpus(DataConfig(train=[str(path)], chat=chat, validation_share=0), tokenizer, folder=tmp_path / "tokens")
+
+
 def test_sequences_beyond_the_models_positions(config: DataConfig, tokenizer: Any) -> None:
     load_corpus(config, tokenizer, max_positions=64)
     with pytest.raises(DataError, match=r"2 to 63 tokens[\s\S]*found: 64"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -46,14 +47,20 @@ def test_an_error_in_a_worker_is_told_here(tokenizer: Any) -> None:
 
 
 def test_a_killed_worker_is_one_clear_message(tokenizer: Any) -> None:
-    import pickle
-
     with Worker(pickle.dumps(Encoder(tokenizer))) as worker:
         worker.process.kill()
         worker.process.wait()
         with pytest.raises(DataError, match=r"was killed[\s\S]*exit status -9"):
             worker.send([Document("a", "a" * 10**6)])
             worker.result()
+
+
+def test_a_worker_ends_when_nobody_can_send_to_it_any_more(tokenizer: Any) -> None:
+    worker = Worker(pickle.dumps(Encoder(tokenizer)))
+    worker.send([Document("a", "text")])
+    assert len(worker.result().tokens) == 5
+    worker.process.communicate(timeout=60)  # closes the pipe, as the kernel does for a process that was killed
+    assert worker.process.returncode == 0
 
 
 def test_what_cannot_be_sent_stays_here(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
