@@ -6,6 +6,7 @@ output with its tokens or with the error it caused.
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 
@@ -13,20 +14,20 @@ from dynaconv.errors import DynaconvError
 
 
 def main() -> None:
-    """Answers every batch; ends when the process that sends them closes the pipe or is gone."""
+    """Answers every batch; ends when the process that sends them closes the pipe or is gone, in the middle or not."""
     answers, sys.stdout = sys.stdout.buffer, sys.stderr  # what a library prints is no answer
-    encoder = pickle.load(sys.stdin.buffer)
-    while True:
-        try:
+    try:
+        encoder = pickle.load(sys.stdin.buffer)
+        while True:
             documents = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        try:
-            answer = encoder(documents)
-        except DynaconvError as error:
-            answer = error
-        pickle.dump(answer, answers)
-        answers.flush()
+            try:
+                answer = encoder(documents)
+            except DynaconvError as error:
+                answer = error
+            pickle.dump(answer, answers)
+            answers.flush()
+    except (EOFError, pickle.UnpicklingError, BrokenPipeError):
+        os._exit(0)  # at once: there is nobody to flush to
 
 
 if __name__ == "__main__":

@@ -55,12 +55,15 @@ def test_a_killed_worker_is_one_clear_message(tokenizer: Any) -> None:
             worker.result()
 
 
-def test_a_worker_ends_when_nobody_can_send_to_it_any_more(tokenizer: Any) -> None:
+def test_a_worker_ends_when_nobody_can_send_to_it_any_more(tokenizer: Any, capfd: pytest.CaptureFixture[str]) -> None:
     worker = Worker(pickle.dumps(Encoder(tokenizer)))
     worker.send([Document("a", "text")])
     assert len(worker.result().tokens) == 5
-    worker.process.communicate(timeout=60)  # closes the pipe, as the kernel does for a process that was killed
+    assert worker.process.stdin is not None
+    worker.process.stdin.write(pickle.dumps([Document("b", "text")])[:-5])  # killed in the middle of a batch
+    worker.process.communicate(timeout=60)  # closes the pipe, as the kernel does then
     assert worker.process.returncode == 0
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_what_cannot_be_sent_stays_here(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
