@@ -56,7 +56,7 @@ class Sources:
         """Measures the importance of ``large`` on ``batches``, or finds it in ``folder``."""
         if not (folder / SUMMARY_FILE).is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            measure_importance(LayerStream(Checkpoint.open(large)), batches, folder, second_moments=True)
+            measure_importance(LayerStream(Checkpoint.open(large)), batches, folder)
         return cls(large, folder, small)
 
     def clone(self, row: Row) -> Any:

@@ -34,6 +34,7 @@ class Row:
         seed: Seeds random weights, noise and data order.
         tokens: Budget; the learning rate has fallen to zero at its end.
         optimizer: ``AdamW``, or ``Muon``: Muon for the layers' matrices and AdamW for the rest.
+        source: Name of the checkpoint that was cloned.
     """
 
     start: str
@@ -42,20 +43,20 @@ class Row:
     seed: int
     tokens: int
     optimizer: str = "AdamW"
+    source: str = ""
 
     @property
     def name(self) -> str:
         """Name of its file."""
-        optimizer = "" if self.optimizer == "AdamW" else self.optimizer.lower()
-        fields = (
+        what = (
             self.start,
-            optimizer,
             self.variant.replace(" ", "-"),
+            self.optimizer,
             f"{self.learning_rate:g}",
             self.seed,
             self.tokens,
         )
-        return "-".join(str(each) for each in fields if each != "")
+        return "-".join(str(each) for each in (*what, self.source and f"from-{self.source}") if each != "")
 
 
 @dataclass(frozen=True)

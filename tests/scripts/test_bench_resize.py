@@ -52,7 +52,7 @@ def test_a_finished_row_is_found_and_a_change_of_settings_trains_it_again(script
     assert [tokens for tokens, _ in first["curve"]] == [0, 32, 64, 96, 128, 160]
     assert first["curve"][-1][1] != first["curve"][0][1]
     assert bench.run(row, refuse)["curve"] == first["curve"] and len(bench.rows) == 1
-    with pytest.raises(AssertionError, match=r"random-0\.01-1"):
+    with pytest.raises(AssertionError, match=r"random-AdamW-0\.01-1"):
         bench.run(replace(row, seed=1), refuse)
     with pytest.raises(AssertionError, match="is trained"):
         replace(bench, schedule=replace(bench.schedule, clip=0.5)).run(row, refuse)
