@@ -13,7 +13,10 @@ from dynaconv.config import FinetuneConfig, RunConfig
 from dynaconv.pipeline.stage import Estimate
 
 WORD = 4  # bytes of the float32 that weights, gradients and moments are kept in
-KEPT = (22.0, 8.25, 9.5)  # values kept a token for the backward pass, over D, F (each layer) and V; measured
+# Values kept a token for the backward pass, measured: over D, F (each layer; all on, at a dial) and V; and how much of
+# it where weights are frozen, which then do not need their inputs, and where adapters keep theirs.
+RESIDUAL_KEPT, DENSE_KEPT, DIAL_KEPT, VOCABULARY_KEPT = 22.0, 5.25, 8.25, 9.5
+OF_ALL = {"routers": 0.6, "lora": 1.3}
 
 
 @dataclass(frozen=True)
@@ -24,20 +27,23 @@ class Passes:
         forward: Forward passes of the model.
         backward: Backward passes of the model.
         parent: Forward passes of the frozen parent.
+        again: Forward passes that activation checkpointing makes a second time.
     """
 
     forward: float
     backward: float
     parent: float
+    again: float = 0.0
 
     @property
     def dense(self) -> float:
         """How many times the FLOPs of dense training that is; a backward pass costs two forward passes."""
-        return (self.forward + 2 * self.backward + self.parent) / 3
+        return (self.forward + 2 * self.backward + self.parent + self.again) / 3
 
     def __str__(self) -> str:
         said = f"{self.forward:g} forward and {self.backward:g} backward passes"
-        return said + (f", {self.parent:g} forward of the parent" if self.parent else "")
+        said += f", {self.parent:g} forward of the parent" if self.parent else ""
+        return said + (f", {self.again:g} forward again" if self.again else "")
 
 
 def steps(config: RunConfig) -> int:
@@ -54,25 +60,33 @@ def passes(tuning: FinetuneConfig) -> Passes:
     """Passes of a step once every loss that has a weight is on."""
     losses, routed = tuning.losses, tuning.router != "uniform"
     full = losses.full.weight + losses.distill_full.weight > 0
-    labelled = tuning.router in ("curve", "class") and losses.router.weight > 0
-    dial = losses.dial.weight + losses.distill.weight + losses.consistency.weight > 0 or labelled
     by_self = tuning.teacher == "self" and losses.distill.weight > 0
-    share = (1 - tuning.full_share) * dial  # of the steps that run the sampled dial
+    share = _dial_share(tuning)  # of the steps that run the sampled dial
+    backward = full * (tuning.trainable != "routers") + share
     return Passes(
         forward=max(float(full), share * (routed or by_self)) + share * (1 + (losses.consistency.weight > 0)),
-        backward=full * (tuning.trainable != "routers") + share,
+        backward=backward,
         parent=float(needs_parent(tuning)),
+        again=backward if tuning.gradient_checkpointing else 0.0,
     )
+
+
+def _dial_share(tuning: FinetuneConfig) -> float:
+    losses = tuning.losses
+    labelled = tuning.router in ("curve", "class") and losses.router.weight > 0
+    weight = losses.dial.weight + losses.distill.weight + losses.consistency.weight
+    return (1 - tuning.full_share) * (weight > 0 or labelled)
 
 
 def finetune_estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
     """Weights in fp32, gradients and AdamW's two moments of what is trained, activations of one micro-batch."""
     tuning, sizes, layers = config.finetune, checkpoint.sizes, checkpoint.layers
     tokens = tuning.batch_size * config.data.sequence_length // tuning.accumulation
-    layer = KEPT[0] * sizes["residual"] + KEPT[1] * sizes["ffn"]
-    kept = sizes["residual"] * layers + layer if tuning.gradient_checkpointing else layers * layer
-    activations = round(WORD * tokens * (kept + KEPT[2] * sizes["vocab"]))
     weights, counted = WORD * checkpoint.parameters, passes(tuning)
+    neurons = DIAL_KEPT if _dial_share(tuning) else DENSE_KEPT
+    layer = OF_ALL.get(tuning.trainable, 1.0) * (RESIDUAL_KEPT * sizes["residual"] + neurons * sizes["ffn"])
+    kept = sizes["residual"] * layers + layer if tuning.gradient_checkpointing else layers * layer
+    activations = round(WORD * tokens * (kept + VOCABULARY_KEPT * sizes["vocab"]))
     batch = f"{tuning.batch_size} x {config.data.sequence_length} tokens"
     return Estimate(
         peak_bytes=weights + 3 * WORD * trained(tuning, checkpoint) + needs_parent(tuning) * weights + activations,

@@ -32,7 +32,8 @@ def routed_model(folder: Path, tuning: FinetuneConfig) -> Any:
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if tuning.trainable == "lora":
         add_adapters(stock, tuning)
-    model = attach(stock, replace(layout, router=_wanted(tuning, stock.config.hidden_size), dial=None, frontier={}))
+    router = router_layout(tuning, stock.config.hidden_size)
+    model = attach(stock, replace(layout, router=router, dial=None, frontier={}))
     if tuning.router == "curve" and layout.router.kind == "curve":
         known = read_tensors(folder / ROUTER_FILE)
         for ffn in model.ffns():
@@ -46,7 +47,8 @@ def routed_model(folder: Path, tuning: FinetuneConfig) -> Any:
     return model
 
 
-def _wanted(tuning: FinetuneConfig, hidden_size: int) -> RouterLayout:
+def router_layout(tuning: FinetuneConfig, hidden_size: int) -> RouterLayout:
+    """Routers of the kind that ``tuning`` trains, for a residual width of ``hidden_size``."""
     if tuning.router == "uniform":
         return RouterLayout(bound=tuning.bound)
     rank = tuning.router_rank or 64 * math.ceil(hidden_size / 16 / 64)
