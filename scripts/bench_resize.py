@@ -197,7 +197,7 @@ def clones(bench: Bench, wanted: Comparison, sources: Sources, seeds: int) -> di
 def ends(results: Sequence[Result]) -> dict[str, Any]:
     """What rows of one start and learning rate began and ended with, seed after seed."""
     first = results[0]
-    found: dict[str, Any] = {name: first[name] for name in ("learning_rate", "tokens", "optimizer")}
+    found: dict[str, Any] = {name: first[name] for name in ("learning_rate", "tokens", "optimizer", "source")}
     found |= {"start_losses": [r["curve"][0][1] for r in results], "end_losses": losses(results)}
     if first["before"]:
         found["copies_apart"] = {when: [result[when] for result in results] for when in ("before", "after")}

@@ -49,10 +49,9 @@ def _panel(axes: Any, comparison: Mapping[str, Any], content: Mapping[str, Any])
 def _curves(
     content: Mapping[str, Any], start: str, variant: str, ends: Mapping[str, Any]
 ) -> list[Sequence[Sequence[float]]]:
-    names = ("learning_rate", "tokens", "optimizer")
+    names = ("learning_rate", "tokens", "optimizer", "source")
     wanted = {"start": start, "variant": variant, **{name: ends[name] for name in names}}
-    rows = [row for row in content["rows"] if all(row[name] == value for name, value in wanted.items())]
-    return [row["curve"] for row in {row["seed"]: row for row in rows}.values()]
+    return [row["curve"] for row in content["rows"] if all(row[name] == value for name, value in wanted.items())]
 
 
 def _lines(axes: Any, curves: Sequence[Sequence[Sequence[float]]], colour: str, label: str, width: float) -> None:
