@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from dynaconv.config import RunConfig
-from dynaconv.errors import ConfigError
+from dynaconv.errors import ConfigError, suggest
 from dynaconv.overrides import assign, parse
 from dynaconv.rules import problems
 
 DEFAULT = "nested"
+GROUPS = ("engine",)  # sections with ready settings in files of their own: engine=zero2, or in a recipe's defaults
 
 
 @dataclass(frozen=True)
@@ -180,14 +181,41 @@ def _composed(path: Path) -> dict[Any, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def choices(group: str) -> dict[str, Path]:
+    """Files of ready settings for the section ``group``, by name."""
+    return {path.stem: path for path in sorted((recipe_folder() / group).glob("*.yaml"))}
+
+
+def _chosen(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Ready settings that ``GROUP=NAME`` asks for, the other overrides, and what is wrong with the names."""
+    import yaml
+
+    settings: dict[str, Any] = {}
+    rest, mistakes = [], []
+    for text in overrides:
+        key, _, name = (part.strip() for part in text.lstrip("+").partition("="))
+        files = choices(key) if key in GROUPS else {}
+        if key not in GROUPS or not name:
+            rest.append(text)
+        elif key in settings:
+            mistakes.append(f"{key} is given twice ({text!r} is the second)")
+        elif name not in files:
+            mistakes.append(f"{key} is {name!r}; {suggest(name, files)}, or set one of its fields")
+        else:
+            settings[key] = yaml.safe_load(files[name].read_text(encoding="utf-8"))
+    return settings, rest, mistakes
+
+
 def _resolve(content: Mapping[Any, Any], overrides: Sequence[str], *, where: str) -> Draft:
     """Puts ``overrides`` over ``content``, resolves interpolations, and checks everything against the schema."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    chosen, overrides, unknown = _chosen(overrides)
     values, mistakes = parse(overrides)
+    mistakes = [*unknown, *mistakes]
     try:
-        merged = OmegaConf.create(dict(content))
+        merged = OmegaConf.merge(OmegaConf.create(dict(content)), OmegaConf.create(chosen))
         for key, value in values.items():
             OmegaConf.update(merged, key, value, force_add=True)
         resolved = OmegaConf.to_container(merged, resolve=True)

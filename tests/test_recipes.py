@@ -22,7 +22,8 @@ from dynaconv.recipes import DEFAULT, available, compose, draft, find, load, rec
 from dynaconv.rules import problems
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
+FILES = sorted((ROOT / "recipes").glob("*.yaml"))
+ENGINES = sorted((ROOT / "recipes" / "engine").glob("*.yaml"))
 PATH_TEXT = st.text(st.characters(blacklist_characters=",", blacklist_categories=("Cc", "Cs", "Z")), min_size=1)
 
 
@@ -50,6 +51,28 @@ def test_every_recipe_says_what_it_is_needs_and_how_to_run_it(path: Path) -> Non
     assert f"--recipe {path.stem}" in command
     overrides = [word for word in command.split() if "=" in word]
     assert compose(str(path), overrides)
+
+
+@pytest.mark.parametrize("path", ENGINES, ids=lambda path: path.stem)
+def test_every_engine_is_right_and_says_what_it_needs(path: Path, tmp_path: Path) -> None:
+    header = find(str(path)).header
+    assert 20 < len(header.partition("\n")[0]) <= 120
+    assert "\nNeeds: " in header
+    (command,) = re.findall(r"^Run:\s+(dynaconv convert .*)$", header, re.MULTILINE)
+    assert f" engine={path.stem} " in command
+    config = compose(overrides=[word for word in command.split() if "=" in word])
+    assert problems(config) == []
+    assert {f"engine.{name}" for name in yaml.safe_load(path.read_text())} <= set(schema())
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"# Mine.\ndefaults:\n  - nested\n  - engine: {path.stem}\n  - _self_\n")
+    assert compose(str(mine)).engine == config.engine
+    assert compose(str(mine), [f"engine={path.stem}", "engine.nproc=2"]).engine.nproc == 2
+
+
+def test_the_engines_there_are() -> None:
+    assert {path.stem for path in ENGINES} == {"cpu", "single", "zero2", "zero3", "zero3-offload"}
+    assert compose(overrides=["engine=cpu"]) == compose()
+    assert compose(overrides=["engine=zero3-offload"]).engine.zero_stage == 3
 
 
 def test_the_default_comes_first_and_equals_the_schema() -> None:
@@ -129,6 +152,8 @@ def test_text_is_taken_as_it_stands(first: str, second: str) -> None:
         ("calibrate.loss_aware=true", "did you mean profile.loss_aware?"),
         ("quatsch=3", "available: blocks, calibrate"),
         ("finetune=3", "finetune is a section"),
+        ("engine=zero4", "engine is 'zero4'; did you mean 'zero"),
+        ("engine=", "engine is a section"),
         ("blocks", "'blocks' is not KEY=VALUE"),
         ("=3", "'=3' is not KEY=VALUE"),
         ("~blocks", "'~blocks' is not KEY=VALUE"),

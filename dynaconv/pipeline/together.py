@@ -91,6 +91,13 @@ def in_step(ranks: Ranks) -> Iterator[None]:
         if ranks.world == 1 or isinstance(error, DynaconvError) or not isinstance(error, RuntimeError):
             raise
         told = ranks.reported()
-        if told is None:
+        if told is None and not _connection_lost(error):
             raise
-        raise told from error
+        hint = "its machine may have run out of memory: use fewer sequences at a time, or rerun to go on"
+        raise (told or DynaconvError("another process ended without a word", hint=hint)) from error
+
+
+def _connection_lost(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "NCCL" in str(error)

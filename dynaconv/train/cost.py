@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from dynaconv.arch.checkpoint import Checkpoint
-from dynaconv.config import FinetuneConfig, RunConfig
+from dynaconv.config import EngineConfig, FinetuneConfig, RunConfig
 from dynaconv.pipeline.stage import Estimate
 
 WORD = 4  # bytes of the float32 that weights, gradients and moments are kept in
@@ -81,19 +81,38 @@ def _dial_share(tuning: FinetuneConfig) -> float:
 def finetune_estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
     """Weights in fp32, gradients and AdamW's two moments of what is trained, activations of one micro-batch."""
     tuning, sizes, layers = config.finetune, checkpoint.sizes, checkpoint.layers
-    tokens = tuning.batch_size * config.data.sequence_length // tuning.accumulation
+    tokens = tuning.batch_size * config.data.sequence_length // (tuning.accumulation * config.engine.nproc)
     weights, counted = WORD * checkpoint.parameters, passes(tuning)
     neurons = DIAL_KEPT if _dial_share(tuning) else DENSE_KEPT
     layer = OF_ALL.get(tuning.trainable, 1.0) * (RESIDUAL_KEPT * sizes["residual"] + neurons * sizes["ffn"])
     kept = sizes["residual"] * layers + layer if tuning.gradient_checkpointing else layers * layer
     activations = round(WORD * tokens * (kept + VOCABULARY_KEPT * sizes["vocab"]))
     batch = f"{tuning.batch_size} x {config.data.sequence_length} tokens"
+    state = WORD * words_kept(config.engine, checkpoint.parameters, trained(tuning, checkpoint))
     return Estimate(
-        peak_bytes=weights + 3 * WORD * trained(tuning, checkpoint) + needs_parent(tuning) * weights + activations,
+        peak_bytes=state + needs_parent(tuning) * weights + activations,
         disk_bytes=checkpoint.reader.total_bytes,
         flops=6.0 * counted.dense * checkpoint.parameters * tuning.tokens,
-        notes=(f"{steps(config)} steps of {batch}", f"{counted} a step"),
+        notes=(f"{steps(config)} steps of {batch}", f"{counted} a step", *_shared(config.engine)),
     )
+
+
+def words_kept(engine: EngineConfig, parameters: int, trained: int) -> int:
+    """Numbers that one of the processes keeps of weights, gradients and AdamW's moments.
+
+    What is offloaded stays on the machine, so it counts here too. DeepSpeed steps on copies of what is trained.
+    """
+    ranks, stage = engine.nproc, engine.zero_stage if engine.kind == "deepspeed" else 0
+    if stage == 0:
+        return parameters + 3 * trained
+    part = math.ceil(trained / ranks)
+    if stage < 3:
+        return parameters + 3 * part + (trained if stage == 1 else part)
+    return max(parameters, math.ceil(parameters / ranks) + 4 * part)  # read whole, then taken apart
+
+
+def _shared(engine: EngineConfig) -> tuple[str, ...]:
+    return (f"memory is that of each of {engine.nproc} processes",) if engine.nproc > 1 else ()
 
 
 def trained(tuning: FinetuneConfig, checkpoint: Checkpoint) -> int:

@@ -74,7 +74,10 @@ class DeepSpeedEngine:
         token, with a gradient of zero, reaches all.
         """
         self.model.set_gradient_accumulation_boundary(last and not self.offloads)
-        self.model.backward(loss, scale_wrt_gas=False)
+        if self.stage > 0:  # DeepSpeed does so in a forward pass; without one in between, it forgets the last gradients
+            self.optimizer.clear_backward_seen_flag()
+        # Times one: a loss that is itself an output of the model, DeepSpeed would scale all the same.
+        self.model.backward(loss * 1, scale_wrt_gas=False)
         if last and self.offloads:
             with using(_Reaching()), self.autocast():
                 logits = self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device)).logits
@@ -89,6 +92,8 @@ class DeepSpeedEngine:
         if self.stage == 0:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
         self.model.step()
+        for kept in getattr(self.optimizer, "accumulated_grads_in_cpu", {}).values():
+            kept.zero_()  # ZeRO 2 would add to what is left of a parameter that the first pass does not reach
         norm = self.model.get_global_grad_norm() if norm is None else norm
         return {"gradient_norm": float(norm)}
 
