@@ -155,7 +155,8 @@ def main(
         "batch": [batch, length],
     }
     result |= {"machine": platform.machine(), "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}
-    result["command"] = shlex.join(["python", *map(str, sys.argv)])
+    arguments = [checkpoint.name if argument == str(checkpoint) else argument for argument in sys.argv]
+    result["command"] = shlex.join(["python", *arguments])
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, result)
     print(json.dumps(result, indent=1))
