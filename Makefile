@@ -39,10 +39,12 @@ format: $(STAMP)  ## Put style and format right
 types: $(STAMP)  ## Check types
 	$(BIN)/mypy
 
-smoke: $(STAMP)  ## The whole pipeline on the embedded default, tiny budgets
-	rm -rf $(SMOKE)
+smoke: $(STAMP)  ## The whole pipeline on the embedded default, tiny budgets; then both ways to resize
+	rm -rf $(SMOKE) $(SMOKE)-larger $(SMOKE)-smaller
 	$(BIN)/dynaconv convert --recipe smoke --out $(SMOKE)
 	$(BIN)/dynaconv dial-k $(SMOKE) --budget 0.5
+	$(BIN)/dynaconv hyperclone $(SMOKE)/05-export --factor 2 --out $(SMOKE)-larger
+	$(BIN)/dynaconv subclone $(SMOKE)/05-export ratio=0.5 importance.tokens=4096 --out $(SMOKE)-smaller
 
 demo: $(STAMP)  ## A tiny model with a dial, from nothing, in a few minutes
 	@echo "1. Convert the embedded default, a tiny Llama, with a short fine-tuning:"
@@ -56,5 +58,5 @@ bench: $(STAMP)  ## Measure the CPU kernels; writes JSON
 	$(BIN)/python scripts/bench_cpu.py
 
 clean:  ## Remove .venv, caches and what smoke and demo made
-	rm -rf $(VENV) $(SMOKE) $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SMOKE) $(SMOKE)-larger $(SMOKE)-smaller $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find dynaconv tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
