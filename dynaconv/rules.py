@@ -216,15 +216,21 @@ def uneven(config: RunConfig, world: int) -> str | None:
 
 
 def _problems_of_losses(tune: FinetuneConfig) -> Iterator[str]:
-    """Losses that leave nothing to be trained."""
-    trained = [name for name in LossesConfig.__dataclass_fields__ if getattr(tune.losses, name).weight > 0]
-    at_dial = [name for name in trained if name in ("dial", "distill", "consistency")]
-    if tune.trainable == "routers" and tune.router == "uniform":
+    """Losses that leave something without anything to learn from."""
+    weights = {name: loss for name in LossesConfig.__dataclass_fields__ if (loss := getattr(tune.losses, name)).weight}
+    at_dial = [name for name in weights if name in ("dial", "distill", "consistency")]
+    at_full = [name for name in weights if name in ("full", "distill_full")]
+    labelled, alone = tune.router in ("curve", "class"), tune.trainable == "routers"
+    first = [name for name in (at_dial if alone else at_dial + at_full) if weights[name].after == 0]
+    if alone and tune.router == "uniform":
         yield "finetune.trainable is 'routers'; with finetune.router 'uniform' there are none"
-    elif tune.router in ("curve", "class") and tune.losses.router.weight == 0:
+    elif labelled and "router" not in weights:
         yield f"finetune.losses.router.weight is 0.0; it must be above 0 for finetune.router {tune.router!r} to learn"
-    elif not at_dial and (tune.router == "gate" or not [name for name in trained if name != "router"]):
-        yield "finetune.losses leave nothing to learn from: give one of full, dial, distill or consistency a weight"
+    elif (tune.router == "gate" and not at_dial) or not (first or (alone and labelled)):
+        wanted = "dial, distill or consistency" if alone or at_full else "full, dial, distill or consistency"
+        yield f"finetune.losses leave nothing to learn from: give one of {wanted} a weight from the first step on"
+    if tune.full_share and (alone or not at_full):
+        yield f"finetune.full_share is {tune.full_share}; at the full dial nothing is trained (losses, trainable)"
 
 
 def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -133,6 +133,29 @@ def test_losses_that_leave_nothing_to_learn_from(router: str) -> None:
     assert "nothing to learn from" in sentence
 
 
+def test_a_step_needs_something_to_train() -> None:
+    config = RunConfig()
+    config.finetune.losses.full.after = config.finetune.losses.distill.after = 0.5
+    (sentence,) = problems(config)
+    assert "from the first step on" in sentence
+    config.finetune.losses.full.after = 0.0
+    assert problems(config) == []
+    config.finetune.losses.full.weight, config.finetune.losses.distill.after = 0.0, 0.0
+    assert problems(config) == []
+    config.finetune.full_share = 0.2
+    (sentence,) = problems(config)
+    assert sentence.startswith("finetune.full_share is 0.2; at the full dial nothing is trained")
+
+
+def test_routers_may_learn_from_labels_alone() -> None:
+    config = RunConfig()
+    config.finetune.router, config.finetune.trainable = "class", "routers"
+    config.finetune.losses.full.weight = config.finetune.losses.distill.weight = 0.0
+    assert problems(config) == []
+    config.finetune.trainable = "all"
+    assert len(problems(config)) == 1
+
+
 def test_stages_that_do_not_run_are_not_compared() -> None:
     config = RunConfig(stages=["profile", "carve", "calibrate", "export"])
     config.finetune.tokens = 100

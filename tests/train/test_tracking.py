@@ -36,6 +36,14 @@ def test_steps_after_the_saved_state_are_written_again_not_twice(tmp_path: Path)
     assert [line["loss"] for line in lines(tmp_path)] == [0.0, 1.0, 2.0, 13.0, 14.0, 15.0]
 
 
+def test_a_line_that_a_killed_run_left_unfinished_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "lo')
+    made = tracker(tmp_path, step=1)
+    made.log(1, {"loss": 2.0})
+    made.close()
+    assert [line["loss"] for line in lines(tmp_path)] == [1.0, 2.0]
+
+
 def test_without_a_key_wandb_is_offline_and_silent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
