@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynaconv.artifacts.files import require_space
 from dynaconv.config import RunConfig
+from dynaconv.errors import ConfigError
 from dynaconv.pipeline.stage import Dense, Estimate, Stage, StageContext
 
 if TYPE_CHECKING:
@@ -28,15 +29,25 @@ class FinetuneStage(Stage):
     invalidates = ("dials",)
     distributed = True
     sections = ("seed", "data", "finetune")
-    unfingerprinted = ("finetune.save_every", "finetune.statistics_every", "finetune.wandb")
+    unfingerprinted = tuple(f"finetune.{name}" for name in ("explosion", "save_every", "statistics_every", "wandb"))
 
     def problems(self, config: RunConfig) -> list[str]:
-        """What is missing for adapters."""
+        """Packages that are missing, and a file of DeepSpeed settings that contradicts the recipe."""
         from importlib.util import find_spec
 
+        from dynaconv.train.deepspeed_config import deepspeed_config
+
+        found, engine = [], config.engine
         if config.finetune.trainable == "lora" and find_spec("peft") is None:
-            return ["finetune.trainable is 'lora', which needs peft: pip install 'dynaconv[lora]'"]
-        return []
+            found.append("finetune.trainable is 'lora', which needs peft: pip install 'dynaconv[lora]'")
+        if engine.kind == "deepspeed" and find_spec("deepspeed") is None:
+            found.append("engine.kind is 'deepspeed', which is not installed: pip install 'dynaconv[deepspeed]'")
+        if engine.kind == "deepspeed" and engine.deepspeed_config is not None:
+            try:
+                deepspeed_config(config, engine.nproc)
+            except ConfigError as error:
+                found.append(str(error))
+        return found
 
     def estimate(self, config: RunConfig, source: Dense) -> Estimate:
         """What training takes on one device."""

@@ -1,0 +1,151 @@
+"""What two ranks check together: started by torchrun, results written as JSON. See ``test_engines.py``.
+
+One start of a process group costs seconds, so everything that needs one runs in here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from conftest import make_checkpoint
+from dynamic_models import dynamic_model, token_ids
+from torch import Tensor
+
+from dynaconv.config import EngineConfig, FinetuneConfig, RunConfig
+from dynaconv.data.windows import Windows
+from dynaconv.dynamic.context import using
+from dynaconv.ranks import Ranks
+from dynaconv.train.engine import Engine, build_engine
+from dynaconv.train.loop import Trainer
+from dynaconv.train.routing import Gated
+from dynaconv.train.state import Position, load_state, save_state
+
+STEPS, FEW = 50, 5
+ENGINES = {
+    "torch": EngineConfig(),
+    **{f"zero{stage}": EngineConfig("deepspeed", zero_stage=stage) for stage in range(4)},
+    "zero2-offload": EngineConfig("deepspeed", zero_stage=2, offload_optimizer=True),
+    "zero3-offload": EngineConfig("deepspeed", zero_stage=3, offload_optimizer=True, offload_parameters=True),
+}
+SIZES = {"hidden": 32, "ffn": 48, "layers": 2, "heads": 2, "kv_heads": 2}
+OTHERS = (("opt", "gate"), ("llama", "curve"), ("phi3", "class"))
+
+
+@dataclass
+class Bench:
+    """Where checkpoints and states are, and who takes part."""
+
+    folder: Path
+    ranks: Ranks
+
+    def checkpoint(self, family: str, **settings: Any) -> Path:
+        folder = self.folder / "-".join([family, *settings])
+        if self.ranks.main and not folder.exists():
+            make_checkpoint(folder, family, **SIZES, **settings)
+        self.ranks.barrier()
+        return folder
+
+    def trainer(self, folder: Path, engine: EngineConfig, ranks: Ranks, steps: int, router: str = "gate") -> Trainer:
+        tuning = FinetuneConfig(
+            batch_size=8, accumulation=2, warmup_steps=2, uniform_share=0.3, clip=0.3, weight_decay=0.1, router=router
+        )
+        torch.manual_seed(ranks.rank)
+        made = build_engine(dynamic_model(folder, router), RunConfig(finetune=tuning, engine=engine), ranks)
+        torch.manual_seed(ranks.rank)
+        return Trainer(made, tuning, Windows(1 + torch.arange(4000, dtype=torch.int32) ** 2 % 61, 16), steps, seed=3)
+
+
+def run(trainer: Trainer, start: int = 0, stop: int | None = None) -> list[dict[str, float]]:
+    """Metrics of each step from ``start`` to ``stop``."""
+    trainer.engine.model.train()
+    return [trainer.step(step) for step in range(start, trainer.steps if stop is None else stop)]
+
+
+def whole(engine: Engine) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in engine.weights()}
+
+
+def furthest(some: dict[str, Tensor], others: dict[str, Tensor]) -> float:
+    assert sorted(some) == sorted(others)
+    return max(float((some[name] - others[name]).abs().max()) for name in some)
+
+
+def curves(bench: Bench) -> Iterator[tuple[str, Any]]:
+    """Loss curves of every engine over two ranks, beside one rank's of plain torch."""
+    folder, alone = bench.checkpoint("llama"), Ranks.single("cpu")
+    made = bench.trainer(folder, EngineConfig(), alone, STEPS)
+    wanted, weights = run(made), whole(made.engine)
+    moved = furthest(weights, whole(bench.trainer(folder, EngineConfig(), alone, STEPS).engine))
+    yield "alone", {"losses": [step["loss_full"] for step in wanted], "moved": moved}
+    for name, engine in ENGINES.items():
+        made = bench.trainer(folder, engine, bench.ranks, STEPS if "offload" not in name else FEW)
+        one = wanted
+        if made.steps != STEPS:
+            shorter = bench.trainer(folder, EngineConfig(), alone, made.steps)
+            one, weights = run(shorter), whole(shorter.engine)
+        two = run(made)
+        gaps = {key: max(abs(a[key] - b[key]) for a, b in zip(one, two, strict=True) if key in a) for key in one[-1]}
+        yield f"curve/{name}", gaps | {"weights": furthest(weights, whole(made.engine)), "steps": len(two)}
+    for family, router in OTHERS:  # networks without a gate, with both as one, and the other routers
+        folder = bench.checkpoint(family)
+        one, two = (
+            bench.trainer(folder, engine, ranks, FEW, router)
+            for engine, ranks in ((EngineConfig(), alone), (ENGINES["zero3"], bench.ranks))
+        )
+        gap = max(abs(a["loss_full"] - b["loss_full"]) for a, b in zip(run(one), run(two), strict=True))
+        yield f"family/{family}", {"loss_full": gap, "weights": furthest(whole(one.engine), whole(two.engine))}
+
+
+def resumed(bench: Bench) -> Iterator[tuple[str, Any]]:
+    """Every engine stopped after half of its steps, and gone on with by another one."""
+    folder = bench.checkpoint("llama", attention_dropout=0.1)
+    for name, engine in ENGINES.items():
+        straight = bench.trainer(folder, engine, bench.ranks, 4)
+        wanted, weights = run(straight), whole(straight.engine)
+        work = bench.folder / f"work-{name}"
+        first = bench.trainer(folder, engine, bench.ranks, 4)
+        got = run(first, stop=2)
+        save_state(work, first.engine, Position(2, first.drift))
+        second = bench.trainer(folder, engine, bench.ranks, 4)
+        torch.manual_seed(77)
+        position = load_state(work, second.engine)
+        second.drift = position.drift
+        got += run(second, start=position.step)
+        yield f"resume/{name}", {"losses": got == wanted, "weights": furthest(weights, whole(second.engine))}
+
+
+def starved(bench: Bench) -> Iterator[tuple[str, Any]]:
+    """A step in which no token of the second rank goes through any block."""
+    folder, ids = bench.checkpoint("llama"), token_ids(2, 8)
+    for name, engine in ENGINES.items():
+        made = bench.trainer(folder, engine, bench.ranks, 1).engine
+        policy = Gated(2.0 if bench.ranks.main else -10.0, 1.0)
+        with using(policy):
+            made.backward(made.model(input_ids=ids, labels=ids).loss, last=False)
+        made.backward(policy.centre(made.network.ffns(), bench.ranks.mean), last=True)
+        yield f"starved/{name}", made.step(1.0)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    ranks = Ranks.from_environment()
+    bench, found = Bench(Path(sys.argv[1]), ranks), dict[str, Any]()
+    for check in (curves, resumed, starved):
+        found |= dict(check(bench))
+    if ranks.main:
+        (bench.folder / "found.json").write_text(json.dumps(found))
+    ranks.close()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    main()

@@ -1,0 +1,61 @@
+"""Two CPU ranks do what one does, with every engine: losses, weights, resuming, and no waiting for each other."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed.checks import ENGINES, FEW, OTHERS, STEPS
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, str(HERE / "checks.py"), str(folder)], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    result: dict[str, Any] = json.loads((folder / "found.json").read_text())
+    return result
+
+
+def test_there_was_something_to_learn(found: dict[str, Any]) -> None:
+    losses = found["alone"]["losses"]
+    assert len(losses) == STEPS
+    assert losses[-1] < losses[0] - 0.3
+    assert found["alone"]["moved"] > 1e-3
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks_reproduce_one(found: dict[str, Any], engine: str) -> None:
+    gaps = found[f"curve/{engine}"]
+    assert gaps.pop("steps") == (FEW if "offload" in engine else STEPS)
+    assert {"loss_full", "kl_dial", "share_spent", "gradient_norm", "weights"} <= set(gaps)
+    del gaps["score_deviation"]  # each rank's own, averaged
+    assert {name: gap for name, gap in gaps.items() if gap > 1e-4} == {}
+
+
+@pytest.mark.parametrize("family", [family for family, _ in OTHERS])
+def test_every_way_of_storing_a_network_can_be_taken_apart(found: dict[str, Any], family: str) -> None:
+    assert max(found[f"family/{family}"].values()) < 1e-4
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_resume_is_exact(found: dict[str, Any], engine: str) -> None:
+    assert found[f"resume/{engine}"] == {"losses": True, "weights": 0.0}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_rank_whose_blocks_get_no_token_does_not_hang(found: dict[str, Any], engine: str) -> None:
+    norm = found[f"starved/{engine}"]["gradient_norm"]
+    assert 0 < norm < float("inf")
+    assert norm == pytest.approx(found["starved/torch"]["gradient_norm"], rel=1e-4)
