@@ -51,7 +51,8 @@ class Watch:
         if bad or loss > mean + self.explosion:
             what = f"{bad[0]} is no longer a number" if bad else f"the loss exploded: {loss:.2f} after {mean:.2f}"
             hint = "lower finetune.learning_rate, raise finetune.warmup_steps, or look at that text"
-            raise QualityError(what, where=where, found=batch, hint=f"{hint}; the last saved state is kept")
+            hint += "" if bad else "; with a higher finetune.explosion the run goes on from the last saved state"
+            raise QualityError(what, where=where, found=batch, hint=hint)
         self._last.append(loss)
 
 
