@@ -85,7 +85,7 @@ def finetune_estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
     weights, counted = WORD * checkpoint.parameters, passes(tuning)
     neurons = DIAL_KEPT if _dial_share(tuning) else DENSE_KEPT
     layer = OF_ALL.get(tuning.trainable, 1.0) * (RESIDUAL_KEPT * sizes["residual"] + neurons * sizes["ffn"])
-    kept = sizes["residual"] * layers + layer if tuning.gradient_checkpointing else layers * layer
+    kept = sizes["residual"] * layers + 2 * layer if tuning.gradient_checkpointing else layers * layer
     activations = round(WORD * tokens * (kept + VOCABULARY_KEPT * sizes["vocab"]))
     batch = f"{tuning.batch_size} x {config.data.sequence_length} tokens"
     state = WORD * words_kept(config.engine, checkpoint.parameters, trained(tuning, checkpoint))

@@ -37,7 +37,7 @@ def test_passes_are_told_against_dense_training() -> None:
 
 
 def test_cheaper_settings_are_said_to_be_cheaper(tiny_checkpoint: Maker) -> None:
-    checkpoint = Checkpoint.open(tiny_checkpoint())
+    checkpoint = Checkpoint.open(tiny_checkpoint(layers=6))
     memory, flops = estimate(checkpoint)
     for changes in (
         {"accumulation": 2},
