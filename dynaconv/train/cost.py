@@ -100,7 +100,8 @@ def finetune_estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
 def words_kept(engine: EngineConfig, parameters: int, trained: int) -> int:
     """Numbers that one of the processes keeps of weights, gradients and AdamW's moments.
 
-    What is offloaded stays on the machine, so it counts here too. DeepSpeed steps on copies of what is trained.
+    What is offloaded stays on the machine, so it counts here too. DeepSpeed steps on copies of what is trained; its
+    buffers, and what is there twice while it takes a model apart, are not counted.
     """
     ranks, stage = engine.nproc, engine.zero_stage if engine.kind == "deepspeed" else 0
     if stage == 0:
@@ -112,7 +113,8 @@ def words_kept(engine: EngineConfig, parameters: int, trained: int) -> int:
 
 
 def _shared(engine: EngineConfig) -> tuple[str, ...]:
-    return (f"memory is that of each of {engine.nproc} processes",) if engine.nproc > 1 else ()
+    shared = (f"memory is that of each of {engine.nproc} processes",) if engine.nproc > 1 else ()
+    return (*shared, "DeepSpeed's buffers come on top of that memory") if engine.kind == "deepspeed" else shared
 
 
 def trained(tuning: FinetuneConfig, checkpoint: Checkpoint) -> int:

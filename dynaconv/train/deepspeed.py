@@ -51,6 +51,8 @@ class DeepSpeedEngine:
         self._counts = {name: tensor.numel() for name, tensor in network.state_dict().items()}
         if self.stage == 3:
             _declare_leaves(deepspeed, network)
+            if not network.get_input_embeddings().weight.requires_grad:
+                network.enable_input_require_grads()  # or the weights of the first FFN are dropped before their turn
         groups = parameter_groups(network, config.finetune)
         optimizer = torch.optim.AdamW(groups, lr=config.finetune.learning_rate, betas=BETAS)
         self.peaks = [group["peak"] for group in optimizer.param_groups]

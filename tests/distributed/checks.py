@@ -28,6 +28,7 @@ from dynaconv.train.engine import Engine, build_engine
 from dynaconv.train.loop import Trainer
 from dynaconv.train.routing import Gated
 from dynaconv.train.state import Position, load_state, save_state
+from dynaconv.train.trainable import choose
 
 STEPS, FEW = 50, 5
 ENGINES = {
@@ -38,6 +39,8 @@ ENGINES = {
 }
 SIZES = {"hidden": 32, "ffn": 48, "layers": 2, "heads": 2, "kv_heads": 2}
 OTHERS = (("opt", "gate"), ("llama", "curve"), ("phi3", "class"))
+
+FROZEN = ("routers", "ffn")
 
 
 @dataclass
@@ -54,12 +57,15 @@ class Bench:
         self.ranks.barrier()
         return folder
 
-    def trainer(self, folder: Path, engine: EngineConfig, ranks: Ranks, steps: int, router: str = "gate") -> Trainer:
-        tuning = FinetuneConfig(
-            batch_size=8, accumulation=2, warmup_steps=2, uniform_share=0.3, clip=0.3, weight_decay=0.1, router=router
-        )
+    def trainer(
+        self, folder: Path, engine: EngineConfig, ranks: Ranks, steps: int, router: str = "gate", **more: Any
+    ) -> Trainer:
+        settings = {"warmup_steps": 2, "uniform_share": 0.3, "clip": 0.3, "weight_decay": 0.1, "router": router, **more}
+        tuning = FinetuneConfig(batch_size=8, accumulation=2, **settings)
         torch.manual_seed(ranks.rank)
-        made = build_engine(dynamic_model(folder, router), RunConfig(finetune=tuning, engine=engine), ranks)
+        network = dynamic_model(folder, router)
+        choose(network, tuning.trainable)
+        made = build_engine(network, RunConfig(finetune=tuning, engine=engine), ranks)
         torch.manual_seed(ranks.rank)
         return Trainer(made, tuning, Windows(1 + torch.arange(4000, dtype=torch.int32) ** 2 % 61, 16), steps, seed=3)
 
@@ -103,6 +109,13 @@ def curves(bench: Bench) -> Iterator[tuple[str, Any]]:
         )
         gap = max(abs(a["loss_full"] - b["loss_full"]) for a, b in zip(run(one), run(two), strict=True))
         yield f"family/{family}", {"loss_full": gap, "weights": furthest(whole(one.engine), whole(two.engine))}
+    for trainable in FROZEN:
+        one, two = (
+            bench.trainer(folder, engine, ranks, FEW, "class", trainable=trainable, uniform_share=0.0)
+            for engine, ranks in ((EngineConfig(), alone), (ENGINES["zero3-offload"], bench.ranks))
+        )
+        gap = max(abs(a["loss_router"] - b["loss_router"]) for a, b in zip(run(one), run(two), strict=True))
+        yield f"frozen/{trainable}", {"loss": gap, "weights": furthest(whole(one.engine), whole(two.engine))}
 
 
 def resumed(bench: Bench) -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.checks import ENGINES, FEW, OTHERS, STEPS
+from distributed.checks import ENGINES, FEW, FROZEN, OTHERS, STEPS
 
 HERE = Path(__file__).resolve().parent
 
@@ -47,6 +47,11 @@ def test_two_ranks_reproduce_one(found: dict[str, Any], engine: str) -> None:
 @pytest.mark.parametrize("family", [family for family, _ in OTHERS])
 def test_every_way_of_storing_a_network_can_be_taken_apart(found: dict[str, Any], family: str) -> None:
     assert max(found[f"family/{family}"].values()) < 1e-4
+
+
+@pytest.mark.parametrize("trainable", FROZEN)
+def test_what_is_frozen_can_be_taken_apart_too(found: dict[str, Any], trainable: str) -> None:
+    assert max(found[f"frozen/{trainable}"].values()) < 1e-4
 
 
 @pytest.mark.parametrize("engine", ENGINES)
