@@ -47,7 +47,7 @@ class DeepSpeedEngine:
         deepspeed = import_deepspeed(ranks)
         self.network, self.device, self.ranks, self.config = network, ranks.device, ranks, config.finetune
         self.stage, self.offloads = config.engine.zero_stage, config.engine.offload_optimizer
-        self.kind = f"deepspeed-zero{self.stage}"
+        self.kind = f"deepspeed-zero{self.stage}" + "-offload" * self.offloads
         self._counts = {name: tensor.numel() for name, tensor in network.state_dict().items()}
         if self.stage == 3:
             _declare_leaves(deepspeed, network)

@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.checks import ENGINES, FEW, FROZEN, OTHERS, STEPS
+from distributed.checks import ENGINES, FEW, FROZEN, OTHERS, STEPS, Bench, furthest, run, whole
+
+from dynaconv.config import EngineConfig
+from dynaconv.errors import ArtifactError
+from dynaconv.ranks import Ranks
+from dynaconv.train.state import load_state
 
 HERE = Path(__file__).resolve().parent
 
@@ -64,3 +69,17 @@ def test_a_rank_whose_blocks_get_no_token_does_not_hang(found: dict[str, Any], e
     norm = found[f"starved/{engine}"]["gradient_norm"]
     assert 0 < norm < float("inf")
     assert norm == pytest.approx(found["starved/torch"]["gradient_norm"], rel=1e-4)
+
+
+def test_another_number_of_processes_goes_on_or_is_refused(found: dict[str, Any], folder: Path) -> None:
+    assert found
+    bench = Bench(folder, Ranks.single("cpu"))
+    made = bench.trainer(bench.checkpoint("llama", attention_dropout=0.1), EngineConfig(), bench.ranks, 4)
+    before = whole(made.engine)
+    assert load_state(folder / "work-torch", made.engine).step == 2
+    assert furthest(before, whole(made.engine)) > 1e-5
+    assert len(run(made, start=2)) == 2
+    for kind in ("torch", "deepspeed-zero2"):  # another engine, and the same one with another number of processes
+        made.engine.kind = kind
+        with pytest.raises(ArtifactError, match=r"does not fit(.|\n)*deepspeed-zero2, 2(.|\n)*remove this folder"):
+            load_state(folder / "work-zero2", made.engine)
