@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from dynaconv.cli.convert import AsJson, Out, run_stages, show_plan
-from dynaconv.cli.request import is_run, request
+from dynaconv.cli.request import Request, is_run, request
 from dynaconv.cli.stages import Again, run_one
 from dynaconv.config import RunConfig
 
@@ -84,7 +84,18 @@ def _resize(
         show_plan(asked, None, again, as_json=as_json)
         return
     asked.check(redo=again)
+    _check_shape(asked)
     run_stages(asked, until=None, redo=again, as_json=as_json)
+
+
+def _check_shape(asked: Request) -> None:
+    """Stops before a folder is made for a run that cannot be."""
+    from dynaconv.artifacts.source import resolve
+    from dynaconv.pipeline.plan import checked_stages
+    from dynaconv.pipeline.runner import check_shapes
+
+    if not is_run(asked.run):
+        check_shapes(asked.config, checked_stages(asked.config)[0], resolve(asked.config.source))
 
 
 def _prefixed(section: str, overrides: Sequence[str]) -> list[str]:

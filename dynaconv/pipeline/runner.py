@@ -83,7 +83,7 @@ def run_pipeline(
         states = judge_all(links[:last], run, full=True, redo=redo)
         refuse(states, run)
         if any(state.action != KEEP for state in states):
-            _check_shapes(config, stages[:last], source)
+            check_shapes(config, stages[:last], source)
         maker = _Maker(config, run, source, progress, len(stages), ranks)
         if not run.recipe.exists():
             run.write_recipe(maker.recipe)
@@ -146,8 +146,13 @@ def _prepare(config: RunConfig, stages: Sequence[Stage]) -> tuple[RunConfig, Pat
     return settled(config), source, chain(config, stages, digest(source), text)
 
 
-def _check_shapes(config: RunConfig, stages: Sequence[Stage], source: Path) -> None:
-    """Stops before the first stage runs where a later one cannot make the shape it is asked for."""
+def check_shapes(config: RunConfig, stages: Sequence[Stage], source: Path) -> None:
+    """Stops before the first stage runs where a later one cannot make the shape it is asked for.
+
+    Raises:
+        CheckpointError: ``source`` cannot be used.
+        ConfigError: A stage cannot make of it what it should.
+    """
     dense: Dense = source
     for stage in stages:
         dense = stage.resized(config, dense)

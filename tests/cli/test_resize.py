@@ -177,7 +177,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     code, _, error = run(stage, plain, "--out", out, *rest, *text)
     assert code == 2, error
     assert said in error
-    assert not list(out.glob("0*"))
+    assert not out.exists()
 
 
 def test_a_quantised_checkpoint_is_refused(tmp_path: Path, tiny_checkpoint: Make) -> None:
