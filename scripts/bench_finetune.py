@@ -111,8 +111,9 @@ def trainer(folder: Path, config: RunConfig) -> Trainer:
     """A run's trainer on random tokens, the checkpoint cut into blocks in the order it has."""
     from transformers import AutoModelForCausalLM
 
+    from dynaconv.arch.stock import load_dense
     from dynaconv.dynamic.modeling import attach
-    from dynaconv.train.model import frozen_parent, router_layout
+    from dynaconv.train.model import router_layout
     from dynaconv.train.trainable import add_adapters, choose
 
     checkpoint, ranks, tuning = Checkpoint.open(folder), Ranks.single(), config.finetune
@@ -126,7 +127,7 @@ def trainer(folder: Path, config: RunConfig) -> Trainer:
     choose(network, tuning.trainable)
     if tuning.gradient_checkpointing:
         network.gradient_checkpointing_enable()
-    parent = frozen_parent(folder, ranks.device) if needs_parent(tuning) else None
+    parent = load_dense(folder, ranks.device) if needs_parent(tuning) else None
     return Trainer(TorchEngine(network, tuning, ranks), tuning, tokens(checkpoint, config), 1000, 0, parent)
 
 

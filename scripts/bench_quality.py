@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from dynaconv.arch.stock import load_dense
 from dynaconv.artifacts.files import read_json, write_json
 from dynaconv.artifacts.run import Run
 from dynaconv.calibrate.solve import solve_budget
@@ -32,7 +33,7 @@ from dynaconv.data.tokenizer import load_tokenizer
 from dynaconv.data.windows import Batch
 from dynaconv.dynamic.policy import Policy, Routed, Static, Uniform
 from dynaconv.evaluation.baselines import oracle_routers, recorded_widths, shuffled, static_widths
-from dynaconv.evaluation.scoring import Score, load_dense, most_likely, score
+from dynaconv.evaluation.scoring import Score, most_likely, score
 from dynaconv.pipeline.runner import run_pipeline
 from dynaconv.progress import Progress
 from dynaconv.recipes import compose

@@ -1,8 +1,11 @@
-"""What transformers' models call the tensors that a checkpoint stores."""
+"""Stock models of transformers: loading one, and what it calls the tensors that a checkpoint stores."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from dynaconv.arch.checkpoint import Checkpoint
 
@@ -17,3 +20,10 @@ def stock_names(checkpoint: Checkpoint, model: Any) -> dict[str, str]:
         name: f"{heads[0]}.{name.rpartition('.')[2]}" if slot.spec.part == "head" else name
         for name, slot in checkpoint.slots.items()
     }
+
+
+def load_dense(folder: Path, device: torch.device) -> Any:
+    """The dense checkpoint in ``folder`` as transformers loads it: frozen, in its own dtype."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval().requires_grad_(False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ class Piece:
         source: The tensor it is made from.
         positions: Old positions (n,) along each whole dimension; ``None`` where nothing changes.
         start: First row, in the result.
-        tensor: The rows, in the stored dtype or float32.
+        tensor: The rows, in the stored dtype or float32; whoever finishes them may work in place.
     """
 
     slot: Slot
@@ -109,7 +110,7 @@ class _Edit:
     positions: Selection
     factors: Selection
 
-    @property
+    @cached_property
     def scale(self) -> float:
         """The product of those factors that are the same at every position."""
         found = 1.0
@@ -118,6 +119,7 @@ class _Edit:
                 found *= float(factor[0])
         return found
 
+    @cached_property
     def varying(self) -> list[tuple[int, Tensor]]:
         """Dimension and values of those factors that are not."""
         return [(i, factor) for i, factor in enumerate(self.factors) if factor is not None and not _constant(factor)]
@@ -196,7 +198,7 @@ def _columns(tensor: Tensor, positions: Tensor) -> Tensor:
 
 def _scaled(slot: Slot, rows: Tensor, edit: _Edit, start: int) -> Tensor:
     """``rows`` (from row ``start`` of the result) times the factors; rounded to the stored dtype at most once."""
-    scale, varying, offset = edit.scale, edit.varying(), slot.spec.offset
+    scale, varying, offset = edit.scale, edit.varying, slot.spec.offset
     if not varying and not offset:
         return rows if scale == 1 else rows * scale
     if not varying and scale == 1:
@@ -252,12 +254,7 @@ def transform(
         layout += [(slot.name, infos[name].dtype, _checked(slot, shape)) for slot in slots]
     with CheckpointWriter(folder, layout, shard_bytes=shard_bytes) as writer:
         for name, slots in made.items():
-            source = checkpoint.slots[name]
-            whole = rewrite(source) if rewrite is not None else None
-            for slot in slots:
-                for piece in _pieces(checkpoint, source, slot, edits[name], whole):
-                    tensor = piece.tensor if finish is None else finish(piece)
-                    writer.write_rows(slot.name, piece.start, tensor.to(infos[name].dtype))
+            _write(checkpoint, checkpoint.slots[name], slots, edits[name], writer, rewrite=rewrite, finish=finish)
             if advance is not None:
                 advance(infos[name])
 
@@ -283,14 +280,39 @@ def _checked(slot: Slot, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def _pieces(checkpoint: Checkpoint, source: Slot, slot: Slot, edit: _Edit, rewrite: Rewrite | None) -> Iterator[Piece]:
-    """A tensor of the result by pieces of its rows; the old one is read whole only where its rows change places."""
-    reader, info = checkpoint.reader, checkpoint.reader.tensors[source.name]
-    rows = edit.positions[0]
-    at_once = rewrite is not None or source.spec.contracts == 0
-    whole = reader.read_finite(info.name) if at_once or rows is not None else None
-    if rewrite is not None and whole is not None:
-        whole = rewrite(whole)
+def _write(
+    checkpoint: Checkpoint,
+    source: Slot,
+    slots: Sequence[Slot],
+    edit: _Edit,
+    writer: CheckpointWriter,
+    *,
+    rewrite: Callable[[Slot], Rewrite | None] | None,
+    finish: Finish | None,
+) -> None:
+    """All tensors of the result that are made from ``source``; nothing of it stays in memory."""
+    dtype = checkpoint.reader.tensors[source.name].dtype
+    whole = _whole(checkpoint, source, edit, rewrite)
+    for slot in slots:
+        for piece in _pieces(checkpoint, source, slot, edit, whole):
+            tensor = piece.tensor if finish is None else finish(piece)
+            writer.write_rows(slot.name, piece.start, tensor.to(dtype))
+
+
+def _whole(
+    checkpoint: Checkpoint, source: Slot, edit: _Edit, rewrite: Callable[[Slot], Rewrite | None] | None
+) -> Tensor | None:
+    """A tensor to be edited as a whole, because its rows change places or all of it is needed; else ``None``."""
+    rewritten = rewrite(source) if rewrite is not None else None
+    if rewritten is None and source.spec.contracts != 0 and edit.positions[0] is None:
+        return None
+    tensor = checkpoint.reader.read_finite(source.name)
+    return tensor if rewritten is None else rewritten(tensor)
+
+
+def _pieces(checkpoint: Checkpoint, source: Slot, slot: Slot, edit: _Edit, whole: Tensor | None) -> Iterator[Piece]:
+    """A tensor of the result by pieces of its rows, read piece by piece where the old one is not there ``whole``."""
+    reader, info, rows = checkpoint.reader, checkpoint.reader.tensors[source.name], edit.positions[0]
     count = slot.shape[0]
     step = count if source.spec.contracts == 0 else _piece_rows(info, slot.shape)
     for start in range(0, count, step):
@@ -298,7 +320,7 @@ def _pieces(checkpoint: Checkpoint, source: Slot, slot: Slot, edit: _Edit, rewri
         if whole is None:
             piece = reader.read_finite(info.name, (start, stop))
         else:
-            piece = whole[start:stop] if rows is None else whole.index_select(0, rows[start:stop])
+            piece = whole[start:stop].clone() if rows is None else whole.index_select(0, rows[start:stop])
         taken = _take(piece, (None, *edit.positions[1:]))
         yield Piece(slot, source, edit.positions, start, _scaled(slot, taken, edit, start))
 

@@ -77,3 +77,8 @@ def digest(folder: Path) -> str:
         if path.name not in USER_STATE:
             hasher.update(f"{path.name}\0{path.stat().st_size}\0{sha256(path)}\n".encode())
     return hasher.hexdigest()
+
+
+def shown_name(source: str) -> str:
+    """What people call ``source``: a hub name, or the last part of a folder's path."""
+    return Path(source).name if Path(source).exists() else source

@@ -39,12 +39,12 @@ class CalibrateStage(Stage):
     def run(self, context: StageContext) -> dict[str, Any]:
         """Writes ``dynaconv.json`` with the dial, ``frontier.json`` and ``frontier.png``."""
         from dynaconv.arch.checkpoint import Checkpoint
+        from dynaconv.arch.stock import load_dense
         from dynaconv.calibrate.frontier import FRONTIER_FILE, PICTURE_FILE
         from dynaconv.calibrate.sweep import levels_for, measure, uniform_table
         from dynaconv.dynamic.modeling import load
         from dynaconv.evaluation.cost import CostModel
         from dynaconv.evaluation.plots import draw_frontier
-        from dynaconv.evaluation.scoring import load_dense
 
         settings, data = context.config.calibrate, context.config.data
         ranks, device = context.ranks, context.ranks.device

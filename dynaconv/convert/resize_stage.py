@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dynaconv.arch.checkpoint import Checkpoint, side_files
 from dynaconv.arch.surgery import transform_peak_bytes
 from dynaconv.artifacts.files import atomic_write, size_text
+from dynaconv.artifacts.source import shown_name
 from dynaconv.config import RunConfig
 from dynaconv.convert.pace import expected_seconds
 from dynaconv.convert.resize import Resize, dimensions, write_resized
@@ -62,6 +63,10 @@ class ResizeStage(Stage):
     def batches(self, checkpoint: Checkpoint, context: StageContext) -> Sequence[Batch]:
         """What source and result are compared on."""
 
+    def method_peak_bytes(self, checkpoint: Checkpoint, result: Checkpoint, config: RunConfig) -> int:
+        """Memory that the method itself takes at its most, beside reading and writing."""
+        return 0
+
     def judge(self, relative: float, itemsize: int) -> None:
         """Stops where the difference of logits is not what the method promises."""
 
@@ -91,6 +96,7 @@ class ResizeStage(Stage):
             peak_bytes=max(
                 transform_peak_bytes(checkpoint, {take.axis for take in resize.takes}, result),
                 _compare_peak_bytes(result, tokens),
+                self.method_peak_bytes(checkpoint, result, config),
             ),
             disk_bytes=disk,
             flops=flops,
@@ -132,7 +138,7 @@ class ResizeStage(Stage):
             "comparison": comparison,
             "warnings": list(resize.warnings),
         }
-        atomic_write(context.folder / CARD_FILE, resize_card(self.name, source_name(config), metrics))
+        atomic_write(context.folder / CARD_FILE, resize_card(self.name, shown_name(config.source), metrics))
         return metrics
 
     def tell(self, context: StageContext, resize: Resize) -> None:
@@ -200,14 +206,15 @@ class SubcloneStage(ResizeStage):
     def estimate(self, config: RunConfig, source: Dense) -> Estimate:
         """As its base; a shape that importance is to choose is guessed."""
         found = super().estimate(config, source)
-        if config.subclone.refit:
-            fitting = _refit_peak_bytes(Checkpoint.open(source), Checkpoint.open(self.resized(config, source)))
-            found = replace(found, peak_bytes=max(found.peak_bytes, fitting))
         if config.subclone.params is None:
             return found
         return replace(
             found, notes=(*found.notes, "a guess, all importance taken to be even: what is measured decides")
         )
+
+    def method_peak_bytes(self, checkpoint: Checkpoint, result: Checkpoint, config: RunConfig) -> int:
+        """That of the refit, where there is one."""
+        return _refit_peak_bytes(checkpoint, result) if config.subclone.refit else 0
 
     def tell(self, context: StageContext, resize: Resize) -> None:
         """Warnings, and the shapes that a number of parameters left to choose from."""
@@ -289,11 +296,6 @@ def in_words(seconds: float) -> str:
     if seconds < 1:
         return "a second"
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-
-
-def source_name(config: RunConfig) -> str:
-    """What the model card calls the source: a hub name, or the last part of a folder's."""
-    return Path(config.source).name if Path(config.source).exists() else config.source
 
 
 def _refit_peak_bytes(source: Checkpoint, result: Checkpoint) -> int:

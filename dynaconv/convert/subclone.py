@@ -35,24 +35,20 @@ from dynaconv.convert.shapes import Candidate, find_shapes
 from dynaconv.convert.target import Shape, alignment_warnings, grouped, target_shape
 
 
-def plan_subclone(
-    checkpoint: Checkpoint, importance: Importance, wanted: SubcloneConfig, shape: Shape | None = None
-) -> Resize:
+def plan_subclone(checkpoint: Checkpoint, importance: Importance, wanted: SubcloneConfig) -> Resize:
     """Decides what stays of ``checkpoint`` and how it is scaled.
 
     Args:
         checkpoint: The parent.
         importance: What was measured on it.
         wanted: The target and the options.
-        shape: The target, where it has been found already.
 
     Raises:
         ConfigError: No model of this family has the shape that was asked for, or it is larger than the parent.
         ArtifactError: A refit is asked for and the importance holds no second moments.
     """
-    found = _candidates(checkpoint, importance, wanted) if shape is None else []
-    if shape is None:
-        shape = found[0].shape if found else target_shape(checkpoint, wanted)
+    found = _candidates(checkpoint, importance, wanted)
+    shape = found[0].shape if found else target_shape(checkpoint, wanted)
     source, ranked = Shape.of(checkpoint), wanted.order == "importance"
     kept = choose(checkpoint, importance, shape, ranked=ranked)
     rewrites = []

@@ -36,12 +36,13 @@ def evaluate_folder(
     """
     import torch
 
+    from dynaconv.arch.stock import load_dense
     from dynaconv.data.corpus import load_corpus
     from dynaconv.data.tokenizer import load_tokenizer
     from dynaconv.data.windows import evaluation_batches
     from dynaconv.dynamic.layout import LAYOUT_FILE
     from dynaconv.dynamic.modeling import load
-    from dynaconv.evaluation.scoring import load_dense, score
+    from dynaconv.evaluation.scoring import score
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dynamic = (folder / LAYOUT_FILE).is_file()

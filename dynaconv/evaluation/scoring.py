@@ -109,10 +109,3 @@ def score(
 
 def _inputs(batch: Batch) -> dict[str, Any]:
     return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-
-
-def load_dense(folder: Any, device: torch.device) -> Any:
-    """The dense checkpoint in ``folder``, frozen, in its own dtype, ready to score."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval().requires_grad_(False)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from dynaconv.artifacts.files import read_json
+from dynaconv.artifacts.source import shown_name
 from dynaconv.config import RunConfig
 from dynaconv.pipeline.stage import Dense, Estimate, Stage, StageContext
 
@@ -42,7 +42,7 @@ class ExportStage(Stage):
                 dynamic,
                 dials,
                 context.folder,
-                parent=Path(config.source).name if Path(config.source).exists() else config.source,
+                parent=shown_name(config.source),
                 lineage=lineage(context),
                 training=asdict(config.finetune) if "finetune" in config.stages else {},
             )

@@ -55,12 +55,6 @@ def router_layout(tuning: FinetuneConfig, hidden_size: int) -> RouterLayout:
     return RouterLayout(tuning.router, linear=tuning.router != "gate", rank=rank, bound=tuning.bound)
 
 
-def frozen_parent(folder: Path, device: Any) -> Any:
-    """The dense checkpoint, without gradients, in its own dtype."""
-    parent = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
-    return parent.requires_grad_(False)
-
-
 def write_checkpoint(engine: Engine, carved: Path, folder: Path, shard_bytes: int) -> None:
     """Writes the weights, adapters merged, under the parent's names and dtypes, routers and layout beside them.
 

@@ -60,10 +60,11 @@ class FinetuneStage(Stage):
         """Trains from the last saved state to the end, then writes the checkpoint."""
         import torch
 
+        from dynaconv.arch.stock import load_dense
         from dynaconv.train.cost import needs_parent, steps
         from dynaconv.train.engine import build_engine
         from dynaconv.train.loop import Trainer
-        from dynaconv.train.model import frozen_parent, routed_model, write_checkpoint
+        from dynaconv.train.model import routed_model, write_checkpoint
         from dynaconv.train.state import load_state
         from dynaconv.train.tracking import recorded
         from dynaconv.train.watch import Watch, memory_errors, watched
@@ -77,7 +78,7 @@ class FinetuneStage(Stage):
                 torch.manual_seed(config.seed + (ranks.rank << 32))  # another dropout on each rank
             require_space(context.work, 2 * 12 * sum(p.numel() for p in network.parameters() if p.requires_grad))
             engine = build_engine(network, config, ranks)
-            parent = frozen_parent(context.inputs["parent"], ranks.device) if needs_parent(tuning) else None
+            parent = load_dense(context.inputs["parent"], ranks.device) if needs_parent(tuning) else None
             windows = training_windows(context, network.config.vocab_size, network.config.max_position_embeddings)
             start = load_state(context.work, engine)
             if start.step:

@@ -12,6 +12,7 @@ from dynamic_models import dynamic_model, token_ids
 from transformers import AutoModelForCausalLM
 
 from dynaconv.arch.checkpoint import Checkpoint
+from dynaconv.arch.stock import load_dense
 from dynaconv.config import DataConfig
 from dynaconv.data.windows import Batch
 from dynaconv.dynamic.policy import Static, Uniform
@@ -19,7 +20,7 @@ from dynaconv.errors import DataError
 from dynaconv.evaluation.baselines import oracle_routers, recorded_widths, shuffled, static_widths
 from dynaconv.evaluation.cost import CostModel
 from dynaconv.evaluation.perplexity import evaluate_folder
-from dynaconv.evaluation.scoring import load_dense, most_likely, score
+from dynaconv.evaluation.scoring import most_likely, score
 
 Maker = Callable[..., Path]
 BATCHES = [Batch(token_ids(3, 10, seed=1)), Batch(token_ids(2, 10, seed=2))]
