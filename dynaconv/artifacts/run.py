@@ -11,19 +11,41 @@ after the manifest said so, the next process finishes the job; killed before, it
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from dynaconv.artifacts.files import atomic_write, fsync_tree, sha256, storage_errors, sync_file
+from dynaconv.artifacts.files import atomic_write, fsync_tree, read_json, sha256, storage_errors, sync_file, write_json
 from dynaconv.artifacts.lock import exclusive, holder
 from dynaconv.artifacts.manifest import MANIFEST_FILE, Manifest, Output, StageRecord
 from dynaconv.artifacts.source import USER_STATE
 from dynaconv.errors import ArtifactError
 
 RECIPE_FILE = "recipe.yaml"
-WORK_MARK = ".fingerprint"
+WORK_MARK = ".made-for.json"
+
+
+@dataclass(frozen=True)
+class MadeFor:
+    """What the resumable state of an unfinished stage belongs to.
+
+    Attributes:
+        fingerprint: Of the settings and inputs.
+        fields: Those, by dotted name.
+        config: The settings, nested as in the recipe.
+    """
+
+    fingerprint: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, work: Path) -> MadeFor | None:
+        """What the folder ``work`` belongs to; ``None`` where there is no folder or it does not say."""
+        mark = work / WORK_MARK
+        return cls(**read_json(mark)) if mark.is_file() else None
 
 
 def slot(position: int, stage: str) -> str:
@@ -126,17 +148,27 @@ class Run:
         if self.manifest.publishing is None:
             shutil.rmtree(self._staging(name), ignore_errors=True)
 
-    def work(self, name: str, fingerprint: str) -> Path:
-        """The folder for resumable state of the slot ``name``; emptied when it belongs to other settings."""
+    def work(self, name: str, made_for: MadeFor) -> Path:
+        """The folder for resumable state of the slot ``name``; emptied when it belongs to something else."""
         folder = self._work(name)
-        mark = folder / WORK_MARK
         with storage_errors(folder):
-            if folder.exists() and not (mark.is_file() and mark.read_text() == fingerprint):
+            known = MadeFor.of(folder)
+            if known is None or known.fingerprint != made_for.fingerprint:
                 _remove(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            if not mark.exists():
-                atomic_write(mark, fingerprint)
+                folder.mkdir(parents=True)
+                write_json(folder / WORK_MARK, asdict(made_for))
         return folder
+
+    def unfinished(self, name: str) -> MadeFor | None:
+        """What the resumable state of the slot ``name`` belongs to; ``None`` where there is none."""
+        folder = self._work(name)
+        kept = folder.is_dir() and any(path.name != WORK_MARK for path in folder.iterdir())
+        return MadeFor.of(folder) if kept else None
+
+    @property
+    def begun(self) -> bool:
+        """Whether a stage has a result here, or was interrupted."""
+        return bool(self.manifest.stages) or any((self.path / ".work").glob("*"))
 
     def was_interrupted(self, name: str) -> bool:
         """Whether an attempt at the slot ``name`` began and has not been published."""

@@ -13,7 +13,6 @@ from typing import Any
 
 from dynaconv.artifacts import manifest
 from dynaconv.artifacts.fingerprint import difference, fingerprint, flatten
-from dynaconv.artifacts.manifest import StageRecord
 from dynaconv.artifacts.run import slot
 from dynaconv.config import RunConfig
 from dynaconv.pipeline import registry
@@ -120,10 +119,16 @@ def _settings(values: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
     return {name: value for name, value in flatten(values).items() if name not in without}
 
 
-def changes(record: StageRecord, link: Link) -> list[str]:
-    """Why the result in ``record`` is not what ``link`` asks for: ``"field: then -> now"`` each."""
-    found = difference(record.fingerprint_fields, link.fields)
+def changes(fields: Mapping[str, Any], config: Mapping[str, Any], link: Link) -> list[str]:
+    """Why something is not what ``link`` asks for: ``"field: then -> now"`` each.
+
+    Args:
+        fields: Everything it depends on, by dotted name.
+        config: Its settings, nested as in the recipe.
+        link: The stage in its place now.
+    """
+    found = difference(fields, link.fields)
     if any(line.startswith(DATA_FIELD) for line in found):
-        then, now = flatten(record.config), flatten(link.config)
+        then, now = flatten(config), flatten(link.config)
         found += difference({name: then.get(name) for name in LOCATIONS}, {name: now.get(name) for name in LOCATIONS})
     return found

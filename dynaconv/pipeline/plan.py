@@ -105,9 +105,8 @@ def make_plan(
     for stage in stages:
         estimates.append(_attempt(errors, partial(stage.estimate, config, dense)) or Estimate())
         dense = _attempt(errors, partial(stage.resized, config, dense)) or dense
-    # The source is hashed only where there are results to compare with.
-    recorded = run is not None and bool(run.manifest.stages)
-    hashed = _attempt(errors, partial(digest, source)) if recorded else ""
+    # The source is hashed only where there is something to compare with.
+    hashed = _attempt(errors, partial(digest, source)) if run is not None and run.begun else ""
     text = _attempt(errors, partial(data_digest, config)) if any("data" in stage.sections for stage in stages) else ""
     states: list[State] | None = None
     if not mistakes and hashed is not None and text is not None:

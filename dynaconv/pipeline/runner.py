@@ -17,7 +17,7 @@ from typing import Any
 from dynaconv.artifacts.files import size_text, storage_errors
 from dynaconv.artifacts.fingerprint import HEX_SHOWN, fingerprint
 from dynaconv.artifacts.manifest import StageRecord
-from dynaconv.artifacts.run import Run
+from dynaconv.artifacts.run import MadeFor, Run
 from dynaconv.artifacts.source import digest, resolve
 from dynaconv.config import RunConfig
 from dynaconv.errors import ArtifactError, ConfigError, StaleArtifactError
@@ -27,7 +27,7 @@ from dynaconv.pipeline.log import stage_log
 from dynaconv.pipeline.plan import checked_stages, data_digest
 from dynaconv.pipeline.recipe import recipe_text, settled
 from dynaconv.pipeline.stage import Dense, Stage, StageContext
-from dynaconv.pipeline.state import KEEP, STALE, judge, judge_all, refuse
+from dynaconv.pipeline.state import KEEP, STALE, judge, judge_all, refuse, refuse_to_lose
 from dynaconv.pipeline.status import status
 from dynaconv.pipeline.together import Order, in_step
 from dynaconv.pipeline.versions import versions
@@ -69,7 +69,8 @@ def run_pipeline(
     Raises:
         ConfigError: Lists every mistake in the recipe.
         LockedRunError: Another process works on this run.
-        StaleArtifactError: A result was made from something else; names the fields and what to redo.
+        StaleArtifactError: A result, or the unfinished work of an interrupted stage, is for something else; names the
+            fields and what to redo.
         ArtifactError: A result is damaged; the disk is full or read-only.
         DynaconvError: Whatever a stage raises. The run is then as it was, and resumable state is kept.
     """
@@ -114,7 +115,8 @@ def run_stage(
 
     Raises:
         ConfigError: Lists every mistake in the recipe, or the run's recipe has no such stage.
-        StaleArtifactError: What the stage consumes was made with other settings.
+        StaleArtifactError: What the stage consumes was made with other settings, or the stage was interrupted and what
+            it had done is for other settings.
         ArtifactError: What the stage consumes is missing or damaged; the disk is full or read-only.
     """
     stages, mistakes = checked_stages(config, redo=name)
@@ -133,6 +135,7 @@ def run_stage(
             progress.say(f"{name}  kept: {state.reasons[0]}")
             outcome = Outcome(name, False, run.folder(state.record), state.record)
         else:
+            refuse_to_lose(state, run)
             after = tuple(config.stages[link.position :]) if redo else ()
             outcome = maker.make(link, superseded=after)
         run.write_recipe(maker.recipe)
@@ -213,7 +216,7 @@ class _Maker:
     def _run(self, link: Link, log: logging.Logger) -> StageRecord:
         """Runs the stage into its staging folder."""
         inputs = {kind: self._folder(maker) for kind, maker in link.inputs.items()}
-        work = self.run.work(link.slot, link.fingerprint)
+        work = self.run.work(link.slot, MadeFor(link.fingerprint, link.fields, link.config))
         staging = self.run.new_staging(link.slot)
         started, began = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
         reset_peak()

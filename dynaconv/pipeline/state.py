@@ -1,4 +1,4 @@
-"""Whether a stage's recorded result is what the recipe asks for now: kept, to be made, stale or damaged."""
+"""Whether a stage's result is what the recipe asks for now: kept, to be made, stale, damaged or begun otherwise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dynaconv.artifacts.run import Run
 from dynaconv.errors import ArtifactError, StaleArtifactError
 from dynaconv.pipeline.lineage import Link, changes
 
-KEEP, MAKE, STALE, DAMAGED = "keep", "make", "stale", "damaged"
+KEEP, MAKE, STALE, DAMAGED, UNFINISHED = "keep", "make", "stale", "damaged", "unfinished"
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class State:
 
     Attributes:
         link: The stage in its place.
-        action: ``keep``, ``make``, ``stale`` or ``damaged``.
+        action: ``keep``, ``make``, ``stale``, ``damaged`` or ``unfinished``: it was interrupted, and what it had done
+            belongs to other settings or inputs than the recipe's now.
         record: What the ledger says of it, if anything.
         reasons: Why: the fields that changed (``field: old -> new``), the file that is damaged, or one sentence.
     """
@@ -40,18 +41,26 @@ def judge(link: Link, run: Run | None, *, full: bool, redo: bool = False) -> Sta
         redo: It is to be made again whatever there is.
     """
     record = None if run is None else run.manifest.record(link.name)
-    if run is None or record is None:
-        return State(link, MAKE, None, ("not made yet",))
-    if redo:
+    begun = None if run is None else run.unfinished(link.slot)
+    if redo and (record or begun):
         return State(link, MAKE, record, ("asked to redo",))
+    if begun is not None and begun.fingerprint != link.fingerprint and not _made(record, link):
+        return State(link, UNFINISHED, record, tuple(changes(begun.fields, begun.config, link)))
+    if run is None or record is None:
+        return State(link, MAKE, None, ("not made yet" if begun is None else "interrupted: goes on where it was",))
     if record.superseded:
         return State(link, MAKE, record, ("a stage before it was redone",))
     if record.fingerprint != link.fingerprint:
-        return State(link, STALE, record, tuple(changes(record, link)))
+        return State(link, STALE, record, tuple(changes(record.fingerprint_fields, record.config, link)))
     damage = run.damage(record, full=full)
     if damage is not None:
         return State(link, DAMAGED, record, (damage,))
     return State(link, KEEP, record, ("same settings and inputs, files intact",))
+
+
+def _made(record: StageRecord | None, link: Link) -> bool:
+    """Whether ``record`` is what ``link`` asks for, so that nothing is begun."""
+    return record is not None and not record.superseded and record.fingerprint == link.fingerprint
 
 
 def judge_all(links: Sequence[Link], run: Run | None, *, full: bool, redo: str | None = None) -> list[State]:
@@ -62,7 +71,7 @@ def judge_all(links: Sequence[Link], run: Run | None, *, full: bool, redo: str |
 
 
 def refuse(states: Sequence[State], run: Run) -> None:
-    """Stops before anything runs when a result is stale or damaged.
+    """Stops before anything runs when a result is stale or damaged, or unfinished work would be lost.
 
     Raises:
         StaleArtifactError: Names the fields that changed and the stage to redo.
@@ -78,6 +87,23 @@ def refuse(states: Sequence[State], run: Run) -> None:
                 found="changed (then -> now)" + "".join(f"\n    {reason}" for reason in state.reasons),
                 hint=f"--redo {name} to make it and everything after it again; or a new run with --out",
             )
+        refuse_to_lose(state, run)
         if state.action == DAMAGED:
             hint = f"--redo {name} to make it and everything after it again"
             raise ArtifactError(f"a file that {name} made is damaged", where=where, found=state.reasons[0], hint=hint)
+
+
+def refuse_to_lose(state: State, run: Run) -> None:
+    """Stops when the unfinished work of a stage does not belong to what is asked for now.
+
+    Raises:
+        StaleArtifactError: Names the fields that changed.
+    """
+    if state.action == UNFINISHED:
+        name = state.link.name
+        raise StaleArtifactError(
+            f"{name} was interrupted, and what it had done is for something else than what is asked for now",
+            where=run.path,
+            found="changed (then -> now)" + "".join(f"\n    {reason}" for reason in state.reasons),
+            hint=f"change that back to go on; --redo {name} to begin {name} again; or a new run with --out",
+        )

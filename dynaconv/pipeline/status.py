@@ -10,7 +10,7 @@ from dynaconv.artifacts.manifest import Manifest
 from dynaconv.artifacts.run import Run
 from dynaconv.pipeline import registry
 from dynaconv.pipeline.lineage import DATA_FIELD, SOURCE, Link, chain, order_problems
-from dynaconv.pipeline.state import DAMAGED, KEEP, MAKE, STALE, judge
+from dynaconv.pipeline.state import DAMAGED, KEEP, MAKE, STALE, UNFINISHED, judge
 
 DONE, PENDING, INTERRUPTED = "done", "pending", "interrupted"
 
@@ -44,7 +44,8 @@ def _recorded(manifest: Manifest) -> tuple[str, str]:
 def _row(link: Link, run: Run) -> dict[str, Any]:
     state = judge(link, run, full=False)
     record = state.record
-    named = {KEEP: DONE, STALE: STALE, DAMAGED: DAMAGED, MAKE: PENDING if record is None else STALE}[state.action]
+    unmade = PENDING if record is None else STALE
+    named = {KEEP: DONE, STALE: STALE, DAMAGED: DAMAGED, MAKE: unmade, UNFINISHED: INTERRUPTED}[state.action]
     if named in (PENDING, STALE) and run.was_interrupted(link.slot):
         named = INTERRUPTED
     return {

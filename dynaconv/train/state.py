@@ -14,7 +14,7 @@ import torch
 
 from dynaconv.artifacts.files import fsync_tree, read_json, storage_errors, write_json
 from dynaconv.artifacts.fingerprint import HEX_SHOWN
-from dynaconv.artifacts.run import WORK_MARK
+from dynaconv.artifacts.run import MadeFor
 from dynaconv.artifacts.tensors import read_tensors
 from dynaconv.artifacts.writer import write_tensors
 from dynaconv.errors import ArtifactError, StaleArtifactError
@@ -106,8 +106,8 @@ def load_state(work: Path, engine: Engine) -> Position:
 
 def _run(work: Path) -> str:
     """Fingerprint of the inputs and settings that ``work`` belongs to; empty where nobody marked it."""
-    mark = work / WORK_MARK
-    return mark.read_text(encoding="utf-8") if mark.is_file() else ""
+    made_for = MadeFor.of(work)
+    return "" if made_for is None else made_for.fingerprint
 
 
 def _random_file(rank: int) -> str:

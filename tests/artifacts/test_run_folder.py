@@ -12,7 +12,7 @@ import pytest
 from fake_stages import sample_record as record
 from small_disk import remount, small_disk
 
-from dynaconv.artifacts.run import Run
+from dynaconv.artifacts.run import MadeFor, Run
 from dynaconv.errors import ArtifactError, LockedRunError
 
 HOLD = """
@@ -57,7 +57,7 @@ def test_opening_what_is_no_run(tmp_path: Path) -> None:
 def test_publish_records_verifies_and_clears_up(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run")
     with run.lock():
-        (run.work("02-carve", "abc") / "state").write_text("x")
+        (run.work("02-carve", MadeFor("abc")) / "state").write_text("x")
         published = staged(run)
         run.publish(published)
     again = Run.open(run.path)
@@ -111,10 +111,17 @@ def test_superseded_marks_others(tmp_path: Path) -> None:
 
 def test_work_survives_for_the_same_settings_only(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run")
-    (run.work("03-finetune", "one") / "state").write_text("half way")
-    assert (run.work("03-finetune", "one") / "state").read_text() == "half way"
+    one = MadeFor("one", {"finetune.tokens": 1}, {"finetune": {"tokens": 1}})
+    assert run.unfinished("03-finetune") is None
+    assert not run.begun
+    work = run.work("03-finetune", one)
+    assert run.unfinished("03-finetune") is None  # nothing to lose yet
+    (work / "state").write_text("half way")
+    assert (run.work("03-finetune", one) / "state").read_text() == "half way"
+    assert run.unfinished("03-finetune") == one
     assert run.was_interrupted("03-finetune")
-    assert not (run.work("03-finetune", "two") / "state").exists()
+    assert run.begun
+    assert not (run.work("03-finetune", MadeFor("two")) / "state").exists()
     assert not run.was_interrupted("02-carve")
 
 

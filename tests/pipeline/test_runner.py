@@ -15,6 +15,7 @@ from dynaconv.artifacts.run import Run
 from dynaconv.config import RunConfig
 from dynaconv.errors import ArtifactError, ConfigError, DataError, StaleArtifactError
 from dynaconv.pipeline import registry
+from dynaconv.pipeline.plan import make_plan
 from dynaconv.pipeline.runner import run_pipeline, run_stage, status
 from dynaconv.progress import Progress
 from dynaconv.recipes import draft_of
@@ -186,15 +187,32 @@ def test_a_failed_stage_goes_on_from_its_work(config: RunConfig, run: Run, monke
     assert contents(run.path) != resumed  # so the first result did come from the saved work
 
 
-def test_work_of_other_settings_is_dropped(config: RunConfig, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_of_other_settings_is_lost_only_when_asked(
+    config: RunConfig, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = config.finetune.tokens
     monkeypatch.setattr(FakeStage, "fail", "finetune")
     with pytest.raises(DataError):
         go(config, run)
-    saved = run.path / ".work" / "03-finetune" / "state.json"
-    saved.write_text("[8, 'would be read as JSON and fail']")
     monkeypatch.setattr(FakeStage, "fail", "")
-    config.finetune.tokens *= 2
-    assert go(config, run) == ["finetune", "calibrate", "export"]
+    before = tree(run.path)
+    config.finetune.tokens = 2 * tokens
+    refused = rf"finetune was interrupted[\s\S]*finetune.tokens: {tokens} -> {2 * tokens}[\s\S]*--redo finetune"
+    with pytest.raises(StaleArtifactError, match=refused):
+        go(config, run)
+    with pytest.raises(StaleArtifactError, match=refused):
+        run_stage(config, run, "finetune", progress=Progress(quiet=True))
+    planned = make_plan(config, run, Path(config.source)).stages[2]
+    assert planned.action == "unfinished"
+    assert f"finetune.tokens: {tokens} -> {2 * tokens}" in planned.reasons
+    assert states(run)["finetune"] == "interrupted"
+    assert tree(run.path) == before
+    config.finetune.tokens = tokens
+    goes_on = make_plan(config, run, Path(config.source)).stages[2]
+    assert (goes_on.action, goes_on.reasons) == ("make", ("interrupted: goes on where it was",))
+    (run.path / ".work" / "03-finetune" / "state.json").write_text("[8, 'read as JSON it would fail']")
+    config.finetune.tokens = 2 * tokens
+    assert go(config, run, redo="finetune") == ["finetune", "calibrate", "export"]
 
 
 def test_interrupted_redo_goes_on_without_being_asked_again(

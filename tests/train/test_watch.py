@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ import torch
 from dynamic_models import dynamic_model
 from tiny_run import convert, documents_file, tensor_hashes, tiny_config
 
-from dynaconv.artifacts.run import WORK_MARK
+from dynaconv.artifacts.files import write_json
+from dynaconv.artifacts.run import WORK_MARK, MadeFor
 from dynaconv.config import FinetuneConfig, RunConfig
 from dynaconv.data.windows import Windows
 from dynaconv.errors import ConfigError, QualityError, StaleArtifactError
@@ -129,10 +130,10 @@ def test_a_stage_that_runs_out_of_memory_says_so(
 def test_a_state_from_elsewhere_is_refused_and_kept(tiny_checkpoint: Maker, tmp_path: Path) -> None:
     made, work = trainer(tiny_checkpoint()), tmp_path / "work"
     work.mkdir()
-    (work / WORK_MARK).write_text("a" * 64)
+    write_json(work / WORK_MARK, asdict(MadeFor("a" * 64)))
     save_state(work, made.engine, Position(2))
     assert load_state(work, made.engine).step == 2
-    (work / WORK_MARK).write_text("b" * 64)
+    write_json(work / WORK_MARK, asdict(MadeFor("b" * 64)))
     before = sorted((path, path.read_bytes()) for path in work.rglob("*") if path.is_file())
     with pytest.raises(StaleArtifactError, match=r"another run or other settings[\s\S]*b{12}[\s\S]*a{12}"):
         load_state(work, made.engine)
