@@ -83,13 +83,13 @@ class Trainer:
 
     def _shares(self, batch: Batch) -> list[Micro]:
         """The step's micro-batches, of each the windows of this rank: the same in all for any number of ranks."""
-        ranks, scored = self.engine.ranks, max(1, int(batch.predicted.sum()))
+        ranks, real, scored = self.engine.ranks, batch.tokens, max(1, int(batch.predicted.sum()))
         parts = [part.rows(*ranks.rows(len(part.input_ids))) for part in batch.split(self.config.accumulation)]
         return [
             Micro(
                 batch=part.to(self.engine.device),
-                tokens=ranks.world * int(part.predicted.sum()) / scored,
-                rows=1 / len(parts),
+                scored=ranks.world * int(part.predicted.sum()) / scored,
+                real=ranks.world * part.tokens / real,
                 last=place == len(parts),
             )
             for place, part in enumerate(parts, 1)

@@ -9,8 +9,9 @@ M scored tokens of the micro-batch, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from dynaconv.dynamic.policy import Full, Policy, Uniform
 from dynaconv.dynamic.router import solve_level
 from dynaconv.train.engine import Engine
 from dynaconv.train.losses import AT_DIAL, cross_entropy, divergence, log_probabilities, weights
-from dynaconv.train.routing import Gated, Labelled, Scored, spent_share
+from dynaconv.train.routing import Gated, Labelled, Scored, real_tokens, spent_share
 from dynaconv.train.sampler import Draw, draw, uniform_width
 from dynaconv.train.statistics import router_statistics
 
@@ -34,14 +35,14 @@ class Micro:
 
     Attributes:
         batch: The windows.
-        tokens: Weight of means over its scored tokens: their share of the step's, times the number of ranks.
-        rows: Weight of means over its windows: one over the number of micro-batches.
+        scored: Weight of means over its scored tokens: their share of the step's, times the number of ranks.
+        real: Weight of means over all its tokens but padding, likewise.
         last: Whether the step's backward passes end with it.
     """
 
     batch: Batch
-    tokens: float
-    rows: float
+    scored: float
+    real: float
     last: bool
 
 
@@ -105,7 +106,7 @@ class Passes:
         if plan.routed or by_self or weights["full"] > 0 or weights["distill_full"] > 0:
             full, metrics = self._full(micro, plan, scored, taught)
         if not plan.at_dial:
-            return metrics | {"share_spent": micro.rows}
+            return metrics | {"share_spent": micro.real}
         return metrics | self._dial(micro, plan, scored, full, full if by_self else taught)
 
     def _full(self, micro: Micro, plan: Plan, policy: Policy, taught: Tensor | None) -> tuple[Tensor, dict[str, float]]:
@@ -117,7 +118,7 @@ class Passes:
             losses = {"loss_full": (weights["full"], cross_entropy(found, _targets(micro.batch, mask)))}
             if weights["distill_full"] > 0 and taught is not None:
                 losses["kl_full"] = (weights["distill_full"], divergence(found, taught))
-            total, metrics = _summed(losses, micro.tokens)
+            total, metrics = _summed(losses, micro.scored)
         if trained:
             self.engine.backward(total, last=micro.last and not plan.at_dial)
         return found.detach(), metrics
@@ -131,8 +132,8 @@ class Passes:
         higher = None
         if weights["consistency"] > 0:
             with torch.no_grad():
-                higher = self._forward(batch, self._policy(plan, plan.drawn.higher, scored))
-        policy = self._policy(plan, plan.drawn.budget, scored)
+                higher = self._forward(batch, self._policy(micro, plan, plan.drawn.higher, scored))
+        policy = self._policy(micro, plan, plan.drawn.budget, scored)
         with recording() as trace:
             found = self._forward(batch, policy)
         losses["loss_dial"] = (weights["dial"], cross_entropy(found, _targets(batch, mask)))
@@ -140,17 +141,18 @@ class Passes:
             losses["kl_dial"] = (weights["distill"], divergence(found, teacher))
         if higher is not None:
             losses["kl_consistency"] = (weights["consistency"], divergence(found, higher))
-        total, metrics = _summed(losses, micro.tokens)
+        total, metrics = _summed(losses, micro.scored)
         if isinstance(policy, Labelled):
-            router = policy.loss() * micro.rows
+            router = policy.loss() * micro.real
             total, metrics["loss_router"] = total + weights["router"] * router, router.item()
         gated = isinstance(policy, Gated)
         self.engine.backward(total, last=micro.last and not gated)
         if isinstance(policy, Gated):
-            self.engine.backward(policy.centre(self.engine.network.ffns(), self.engine.ranks.mean), last=micro.last)
-            deviation = torch.stack([score.detach().float() for score in policy.scores.values()]).std().item()
-            metrics["score_deviation"] = deviation * micro.rows
-        metrics["share_spent"] = micro.rows * spent_share(_first(trace), self.engine.network.layout.edges)
+            self.engine.backward(policy.centre(self.engine.network.ffns(), self._mean(batch)), last=micro.last)
+            scores = [real_tokens(score.detach().float(), batch.attention_mask) for score in policy.scores.values()]
+            metrics["score_deviation"] = torch.stack(scores).std().item() * micro.real
+        widths = {layer: real_tokens(used, batch.attention_mask) for layer, used in _first(trace).items()}
+        metrics["share_spent"] = micro.real * spent_share(widths, self.engine.network.layout.edges)
         if plan.measured and full is not None and isinstance(scored, Scored):
             accuracies = policy.accuracies if isinstance(policy, Labelled) else {}
             metrics |= self._statistics(micro, trace, full, accuracies)
@@ -160,23 +162,27 @@ class Passes:
         self, micro: Micro, trace: Trace, full: Tensor, accuracies: Mapping[int, float]
     ) -> dict[str, float]:
         batch, mask = micro.batch, micro.batch.predicted
-        widths = {layer: used.view_as(batch.input_ids)[:, :-1][mask] for layer, used in _first(trace).items()}
+        widths = {layer: used[:, :-1][mask] for layer, used in _first(trace).items()}
         losses = -full.gather(1, _targets(batch, mask)[:, None])[:, 0]
         blocks = self.engine.network.layout.blocks
         found = router_statistics(widths, batch.input_ids[:, :-1][mask], losses, blocks, accuracies)
-        return {name: value * micro.rows for name, value in found.items()}
+        return {name: value * micro.scored for name, value in found.items()}
 
-    def _policy(self, plan: Plan, budget: float, scored: Scored | Full) -> Policy:
+    def _mean(self, batch: Batch) -> Callable[[Tensor], Tensor]:
+        """Takes the mean over ranks of means over real tokens."""
+        return partial(self.engine.ranks.mean, weight=batch.tokens)
+
+    def _policy(self, micro: Micro, plan: Plan, budget: float, scored: Scored | Full) -> Policy:
         """The policy that spends ``budget`` on this micro-batch, over all ranks."""
         network = self.engine.network
         if not isinstance(scored, Scored):
             return Uniform(uniform_width(budget, network.layout.blocks))
-        asked = min(1.0, max(0.01, budget - plan.drift))
-        scores, mean = list(scored.scores.values()), self.engine.ranks.mean
-        level = solve_level(network.ffns()[0].router, scores, asked, mean=mean)
+        asked, real = min(1.0, max(0.01, budget - plan.drift)), micro.batch.attention_mask
+        scores = [real_tokens(score, real) for score in scored.scores.values()]
+        level = solve_level(network.ffns()[0].router, scores, asked, mean=self._mean(micro.batch))
         if self.config.router == "gate":
-            return Gated(level, self.config.temperature)
-        return Labelled(level, self.config.theta, measured=plan.measured)
+            return Gated(level, self.config.temperature, real)
+        return Labelled(level, self.config.theta, real, measured=plan.measured)
 
     def _forward(self, batch: Batch, policy: Policy, model: Any = None) -> Tensor:
         """Log-probabilities (M, V)."""

@@ -3,7 +3,8 @@
 A step runs the model twice: once at the full dial (:class:`Scored` leaves each layer's router inputs and scores
 behind, from which the level of the sampled budget is solved), once at that level, under one of the policies below.
 
-B batch, T tokens, D residual width, F FFN width, N blocks.
+B batch, T tokens, M of them that are not padding, D residual width, F FFN width, N blocks. Padding counts nowhere: not
+in the level, nor in what routers learn.
 """
 
 from __future__ import annotations
@@ -39,10 +40,15 @@ class Gated:
 
     Block j (from 1) is on if s + level > j - 1/2. Its gradient goes straight through
     sigmoid((s + level - j + 1/2) / temperature), also where it is off.
+
+    Args:
+        level: Of all routers.
+        temperature: Width of the sigmoid, in blocks.
+        real: (B, T) bool, False on padding; ``None`` where nothing is padded.
     """
 
-    def __init__(self, level: float, temperature: float) -> None:
-        self.level, self.temperature = level, temperature
+    def __init__(self, level: float, temperature: float, real: Tensor | None = None) -> None:
+        self.level, self.temperature, self.real = level, temperature, real
         self.scores: dict[int, Tensor] = {}
         self.inputs: dict[int, Tensor] = {}
 
@@ -64,14 +70,15 @@ class Gated:
 
         Args:
             ffns: The model's FFNs.
-            mean: Takes the mean over ranks, each with as many tokens.
+            mean: Takes the mean over ranks of means over real tokens.
         """
-        means = [score.grad.mean() for score in self.scores.values() if score.grad is not None]
+        grads = [score.grad for score in self.scores.values() if score.grad is not None]
+        means = [real_tokens(grad, self.real).mean() for grad in grads]
         common = mean(torch.stack(means).mean())
         # Called as modules, with inputs that want a gradient: ZeRO 3 gathers weights, and drops them, by those.
         with using(Scoring()):
             scores = [ffn(self.inputs[ffn.layer].requires_grad_()) for ffn in ffns]
-        return torch.stack([(-common * score).sum() for score in scores]).sum()
+        return torch.stack([(-common * real_tokens(score, self.real)).sum() for score in scores]).sum()
 
 
 class Scoring:
@@ -90,11 +97,12 @@ class Labelled:
     Args:
         level: Of all routers.
         theta: Agreement that a ``class`` label asks for.
+        real: (B, T) bool, False on padding; ``None`` where nothing is padded.
         measured: Also keep, by layer, the share of tokens whose width or class is the label's.
     """
 
-    def __init__(self, level: float, theta: float, *, measured: bool = False) -> None:
-        self.level, self.theta, self.measured = level, theta, measured
+    def __init__(self, level: float, theta: float, real: Tensor | None = None, *, measured: bool = False) -> None:
+        self.level, self.theta, self.real, self.measured = level, theta, real, measured
         self.losses: dict[int, Tensor] = {}
         self.accuracies: dict[int, float] = {}
         self._scores: dict[int, Tensor] = {}
@@ -106,8 +114,8 @@ class Labelled:
 
     def observe(self, ffn: DynamicFFN, x: Tensor, h: Tensor) -> None:
         """Measures the curve of activations ``h`` (B, T, F) and the router's loss against it."""
-        score = self._scores[ffn.layer].flatten(0, -2)
-        tokens, down = h.detach().flatten(0, -2).float(), ffn.weights().down.detach()
+        score = real_tokens(self._scores[ffn.layer], self.real)
+        tokens, down = real_tokens(h.detach(), self.real).float(), ffn.weights().down.detach()
         if ffn.router.kind == "curve":
             target = log_errors(relative_errors(tokens, down, ffn.edges))
             loss = functional.mse_loss(score, target)
@@ -130,7 +138,12 @@ class Labelled:
         return right.float().mean().item()
 
 
+def real_tokens(values: Tensor, real: Tensor | None) -> Tensor:
+    """``values`` (B, T, ...) of the tokens that are ``real`` (B, T), or of all: (M, ...)."""
+    return values.flatten(0, 1) if real is None else values[real]
+
+
 def spent_share(widths: Mapping[int, Tensor], edges: tuple[int, ...]) -> float:
-    """Mean active share of integer ``widths`` by layer, each (B, T)."""
+    """Mean active share of integer ``widths`` by layer, of any shape."""
     share = torch.tensor(edges, dtype=torch.float64) / edges[-1]
     return sum(float(share[used.cpu()].mean()) for used in widths.values()) / len(widths)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from dynamic_models import dynamic_model
+from torch.nn import functional
 
 from dynaconv.config import FinetuneConfig, LossConfig, LossesConfig
 from dynaconv.data.windows import Batch, Windows, training_batch
@@ -171,3 +172,23 @@ def test_what_is_not_scored_does_not_count(tiny_checkpoint: Maker) -> None:
         each = torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].mT, ids[:, 1:], reduction="none")
     assert found[0]["loss_full"] == pytest.approx(each[:, 7:].mean().item(), rel=1e-5)
     assert found[1]["loss_full"] == pytest.approx(each.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("router", ["gate", "curve", "class"])
+def test_padding_counts_nowhere(tiny_checkpoint: Maker, router: str) -> None:
+    """More padding changes neither level, share, losses nor gradients."""
+    folder, config = tiny_checkpoint(), replace(CONFIG, router=router, statistics_every=1)
+    ids = torch.arange(1, 33).view(2, 16)
+    real = torch.ones(2, 16, dtype=torch.bool)
+    real[1, 10:] = False
+    found: list[dict[str, float]] = []
+    gradients: list[dict[str, torch.Tensor]] = []
+    for more in (0, 8):
+        batch = Batch(functional.pad(ids, (0, more)), functional.pad(real, (0, more)))
+        made = trainer(folder, config)
+        found.append(Passes(made.engine, config).run(Micro(batch, 1.0, 1.0, True), Plan.of(config, 3, 0, 10)))
+        gradients.append({name: p.grad for name, p in made.engine.network.named_parameters() if p.grad is not None})
+    assert "layer1/width_mean" in found[0] and set(found[0]) == set(found[1])
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-6)
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradients[1][name], gradient, rtol=1e-3, atol=1e-6), name
