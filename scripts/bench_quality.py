@@ -2,26 +2,30 @@
 
     python scripts/bench_quality.py MODEL VALID.txt
 
-MODEL is a dense checkpoint, VALID.txt text that neither it nor the fine-tuning has seen. Trains three copies on
-the same tokens (routed, uniform widths, plain dense), then scores each policy on 160 random windows of 256 tokens.
-Training text is an equal share of every package on this machine; by size, a few large ones would drown the rest.
-Shares are matched by solving the level on those windows while gated: one number is fitted, to share and not to loss.
-Resumable: trained weights are kept in --runs, finished rows in --out.
+MODEL is a dense checkpoint, VALID.txt text that neither it nor the fine-tuning has seen. Trains a copy by each recipe,
+and one densely, on the same tokens, then scores each policy on 160 random windows of 256 tokens. Training text is an
+equal share of every package on this machine; by size, a few large ones would drown the rest. Shares are matched by
+solving the level on those windows while gated: one number is fitted, to share and not to loss.
+
+Resumable: trained copies and finished rows are kept in --runs. Several processes may each train some copies (--only);
+each writes the result file from all rows that are there.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import random
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from quality_plot import draw
 
 from dynaconv.arch.stock import load_dense
 from dynaconv.artifacts.files import read_json, write_json
@@ -31,7 +35,7 @@ from dynaconv.cli.quiet import silence_libraries
 from dynaconv.config import RunConfig
 from dynaconv.data.tokenizer import load_tokenizer
 from dynaconv.data.windows import Batch
-from dynaconv.dynamic.policy import Policy, Routed, Static, Uniform
+from dynaconv.dynamic.policy import Full, Policy, Routed, Static, Uniform
 from dynaconv.evaluation.baselines import oracle_routers, recorded_widths, shuffled, static_widths
 from dynaconv.evaluation.scoring import Score, most_likely, score
 from dynaconv.pipeline.runner import run_pipeline
@@ -41,29 +45,66 @@ from dynaconv.recipes import compose
 SHARES = (0.125, 0.25, 0.375, 0.5)
 PACKAGE_CHARACTERS = 60_000  # of each package, at most
 WINDOWS, LENGTH, BATCH = 160, 256, 16
-TRAINING = {
-    "gate": [],
-    "uniform": ["router=uniform"],
-    "dense": ["router=uniform", "losses.full.weight=1", "losses.distill.weight=0"],
+DENSE = ["finetune.losses.full.weight=1", "finetune.losses.distill.weight=0", "finetune.losses.distill_full.weight=0"]
+OWN_POLICY = {  # what each recipe makes, by the policy it is meant for
+    "nested": "routed",
+    "nested-difficulty": "routed",
+    "nested-uniform": "uniform width",
+    "static-half": "uniform width",
 }
 
 
+@dataclass(frozen=True)
+class Copy:
+    """A copy to train.
+
+    Attributes:
+        weights: The recipe, or ``dense``: plain training of the parent.
+        seed: Seeds data order and dial.
+    """
+
+    weights: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder and its rows."""
+        return f"{self.weights}-{self.seed}"
+
+    def config(self, model: Path, text: Path, tokens: int) -> RunConfig:
+        """The recipe on ``text``."""
+        overrides = [f"finetune.tokens={tokens}", f"seed={self.seed}", "finetune.wandb=off"]
+        dense = self.weights == "dense"
+        config = compose("nested-uniform" if dense else self.weights, overrides + DENSE * dense)
+        config.source, config.data.train = str(model), [str(text)]
+        return config
+
+
+COPIES = (
+    Copy("nested", 0),
+    Copy("nested-uniform", 0),
+    Copy("nested", 1),
+    Copy("nested-uniform", 1),
+    Copy("nested-difficulty", 0),
+    Copy("static-half", 0),
+    Copy("dense", 0),
+)
+
+
 @dataclass
-class Table:
-    """Rows of the result file; a row that is there is not measured again."""
+class Rows:
+    """Measured rows of one copy in a file of their own; a row that is there is not measured again."""
 
     path: Path
-    head: dict[str, Any]
+    settings: dict[str, Any]
+    copy: Copy
 
     def __post_init__(self) -> None:
-        known = read_json(self.path) if self.path.is_file() else {}
-        self.rows: list[dict[str, Any]] = (
-            known.get("rows", []) if known.get("settings") == self.head["settings"] else []
-        )
+        self.rows: list[dict[str, Any]] = known_rows(self.path, self.settings)
 
     def row(self, weights: str, policy: str, share: float, measure: Callable[[], Score]) -> dict[str, Any]:
         """Measures and saves one row, or finds it."""
-        key = {"weights": weights, "policy": policy, "share": share}
+        key = {"weights": weights, "seed": self.copy.seed, "policy": policy, "share": share}
         for row in self.rows:
             if all(row[name] == value for name, value in key.items()):
                 return row
@@ -71,47 +112,90 @@ class Table:
         row = key | {"loss": got.loss, "active_share": got.active_share, "agreement": got.agreement}
         row["width_by_layer"] = list(got.widths)
         self.rows.append(row)
-        write_json(self.path, self.head | {"rows": self.rows})
-        typer.echo(f"{weights:10} {policy:26} asked {share:.3f} spent {got.active_share:.4f} loss {got.loss:.4f}")
+        write_json(self.path, {"settings": self.settings, "rows": self.rows})
+        typer.echo(f"{weights:18} {policy:26} asked {share:.3f} spent {got.active_share:.4f} loss {got.loss:.4f}")
         return row
+
+
+def known_rows(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the file at ``path`` that were measured with ``settings``."""
+    known = read_json(path) if path.is_file() else {}
+    return known["rows"] if known.get("settings") == settings else []
 
 
 def main(
     model: Annotated[Path, typer.Argument(help="Dense checkpoint.")],
     valid: Annotated[Path, typer.Argument(help="Text nobody has trained on.")],
-    tokens: Annotated[int, typer.Option(help="Fine-tuning tokens.")] = 1_500_000,
-    seed: Annotated[int, typer.Option(help="Seeds data order and dial.")] = 0,
+    tokens: Annotated[int, typer.Option(help="Fine-tuning tokens of each copy.")] = 1_000_000,
     exclude: Annotated[str, typer.Option(help="Packages left out of the training text.")] = "rich,typer,idlelib",
-    variants: Annotated[str, typer.Option(help="Copies to train.")] = "gate,uniform,dense",
-    runs: Annotated[Path, typer.Option(help="Where trained copies are kept.")] = Path("runs/bench-quality"),
+    only: Annotated[str, typer.Option(help="Copies to train now, as nested-0,dense-0; all by default.")] = "",
+    runs: Annotated[Path, typer.Option(help="Where trained copies and rows are kept.")] = Path("runs/bench-quality"),
     out: Annotated[Path, typer.Option(help="Result file.")] = Path("benchmarks/quality.json"),
-    threads: Annotated[int, typer.Option(help="Torch threads.")] = 2,
+    picture: Annotated[Path, typer.Option(help="The curves.")] = Path("docs/quality.png"),
+    threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
 ) -> None:
-    """Trains, scores, writes the table."""
+    """Trains, scores, writes the table, draws it."""
     silence_libraries()
     torch.set_num_threads(threads)
     text = training_text(runs / "train.txt", exclude.split(","))
-    settings = {"model": model.name, "valid": valid.name, "tokens": tokens, "seed": seed, "excluded": exclude}
-    command = f"python scripts/bench_quality.py {model.name} {valid.name} --tokens {tokens} --seed {seed}"
-    table = Table(out, {"command": command, "settings": settings, "torch": torch.__version__})
+    settings = {"model": model.name, "valid": valid.name, "tokens": tokens, "excluded": exclude}
     batches = list(windows(load_tokenizer(model), valid))
     parent = load_dense(model, torch.device("cpu"))
     wanted = most_likely(parent, batches)
 
-    def measure(network: Any, policy: Policy | None) -> Callable[[], Score]:
-        return lambda: score(network, batches, policy, parent=wanted)
+    def measure(network: Any, policy: Callable[[], Policy | None]) -> Callable[[], Score]:
+        return lambda: score(network, batches, policy(), parent=wanted)
 
-    table.row("parent", "dense", 1.0, measure(parent, None))
-    for variant in variants.split(","):
-        overrides = [f"finetune.tokens={tokens}", f"seed={seed}", "finetune.wandb=off"]
-        overrides += [f"finetune.{override}" for override in TRAINING[variant]]
-        config = compose("nested", overrides)
-        config.source, config.data.train = str(model), [str(text)]
-        folder = train(config, runs / f"{variant}-{tokens}-{seed}")
-        if variant == "gate":
+    for copy in COPIES:
+        if only and copy.name not in only.split(","):
+            continue
+        table = Rows(runs / "rows" / f"{copy.name}-{tokens}.json", settings, copy)
+        table.row("parent", "dense", 1.0, measure(parent, Full))
+        folder = train(copy.config(model, text, tokens), runs / f"{copy.name}-{tokens}")
+        if copy == COPIES[0]:
             untrained(table, folder["carve"], measure, batches)
-        rows(table, variant, folder["finetune"], measure, batches)
-    typer.echo(json.dumps({"command": command, "rows": len(table.rows)}))
+        score_copy(table, folder["finetune"], measure, batches)
+    rows = [row for copy in COPIES for row in known_rows(runs / "rows" / f"{copy.name}-{tokens}.json", settings)]
+    rows = [row for i, row in enumerate(rows) if i == 0 or row["weights"] != "parent"]
+    command = f"python scripts/bench_quality.py {model.name} {valid.name} --tokens {tokens}"
+    head = {"command": command, "settings": settings, "torch": torch.__version__}
+    content = head | {"summary": summary(rows), "rows": rows}
+    write_json(out, content)
+    draw(content, picture)
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Each recipe by its own policy, against plain dense training on the same tokens; lists are by seed.
+
+    ``loss`` by share; ``full_dial_cost``: relative loss of the full dial over dense training's; ``perplexity_over``:
+    relative perplexity over dense training's, by share; ``ahead_of``: nats by which nested's mean is below another's.
+    """
+    losses: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if row["policy"] in (OWN_POLICY.get(row["weights"]), "full dial", "dense"):
+            losses.setdefault(row["weights"], {}).setdefault(f"{row['share']:g}", []).append(row["loss"])
+    found: dict[str, Any] = {"loss": losses}
+    if "dense" in losses:
+        dense = losses["dense"]["1"][0]
+        dials = {name: by_share for name, by_share in losses.items() if name in OWN_POLICY}
+        found["full_dial_cost"] = {
+            name: [loss / dense - 1 for loss in by_share["1"]] for name, by_share in dials.items() if "1" in by_share
+        }
+        found["perplexity_over"] = {
+            name: {share: [math.expm1(loss - dense) for loss in each] for share, each in by_share.items()}
+            for name, by_share in dials.items()
+        }
+    ours = losses.get("nested", {})
+    found["ahead_of"] = {
+        name: {share: _mean(each) - _mean(ours[share]) for share, each in by_share.items() if share in ours}
+        for name, by_share in losses.items()
+        if name in OWN_POLICY and name != "nested"
+    }
+    return found
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def train(config: RunConfig, path: Path) -> dict[str, Path]:
@@ -161,36 +245,50 @@ def windows(tokenizer: Any, valid: Path) -> Iterator[Batch]:
         yield Batch(torch.stack([tokens[i : i + LENGTH] for i in starts]))
 
 
-def untrained(table: Table, folder: Path, measure: Any, batches: list[Batch]) -> None:
+def untrained(table: Rows, folder: Path, measure: Any, batches: list[Batch]) -> None:
     """The carved checkpoint before any fine-tuning: closed-form routers against uniform widths."""
     from dynaconv.dynamic.modeling import load
 
     model = load(folder).eval()
     for share in SHARES:
-        table.row("carved", "uniform width", share, measure(model, Uniform(round(share * model.layout.blocks))))
-        table.row("carved", "closed-form router", share, measure(model, routed(model, batches, share)))
+        table.row("carved", "uniform width", share, measure(model, partial(uniform, model, share)))
+        table.row("carved", "closed-form router", share, measure(model, partial(routed, model, batches, share)))
 
 
-def rows(table: Table, variant: str, folder: Path, measure: Any, batches: list[Batch]) -> None:
-    """Every policy on one trained copy."""
+def score_copy(table: Rows, folder: Path, measure: Any, batches: list[Batch]) -> None:
+    """Every policy on one trained copy; the oracle on the first seed only."""
     from dynaconv.dynamic.modeling import load
 
-    model = load(folder).eval()
-    table.row(variant, "full dial", 1.0, measure(model, None))
-    if variant == "dense":
+    weights, model = table.copy.weights, load(folder).eval()
+    if weights == "static-half":
+        table.row(weights, "uniform width", 0.5, measure(model, partial(uniform, model, 0.5)))
+        return
+    table.row(weights, "full dial", 1.0, measure(model, Full))
+    if weights == "dense":
         return
     for share in SHARES:
-        table.row(variant, "uniform width", share, measure(model, Uniform(round(share * model.layout.blocks))))
-        with oracle_routers(model):
-            table.row(variant, "label oracle", share, measure(model, routed(model, batches, share)))
-        if model.layout.router.kind == "none":
-            continue
-        policy = routed(model, batches, share)
-        row = table.row(variant, "routed", share, measure(model, policy))
-        static = static_widths(row["width_by_layer"], model.layout.blocks)
-        table.row(variant, "static widths by layer", share, measure(model, Static(static)))
-        replay = shuffled(recorded_widths(model, batches, policy), seed=0)
-        table.row(variant, "same widths, random tokens", share, measure(model, replay))
+        table.row(weights, "uniform width", share, measure(model, partial(uniform, model, share)))
+        if model.layout.router.kind != "none":
+            score_routed(table, model, share, measure, batches)
+        if weights in ("nested", "nested-uniform") and table.copy.seed == 0:
+            with oracle_routers(model):
+                table.row(weights, "label oracle", share, measure(model, partial(routed, model, batches, share)))
+
+
+def score_routed(table: Rows, model: Any, share: float, measure: Any, batches: list[Batch]) -> None:
+    """The routers, and what their widths are worth by layer only, and on random tokens."""
+    weights, policy = table.copy.weights, cache(partial(routed, model, batches, share))
+    row = table.row(weights, "routed", share, measure(model, policy))
+    if weights == "nested":
+        static = Static(static_widths(row["width_by_layer"], model.layout.blocks))
+        table.row(weights, "static widths by layer", share, measure(model, lambda: static))
+        replay = cache(lambda: shuffled(recorded_widths(model, batches, policy()), seed=0))
+        table.row(weights, "same widths, random tokens", share, measure(model, replay))
+
+
+def uniform(model: Any, share: float) -> Uniform:
+    """One width for all tokens and layers."""
+    return Uniform(round(share * model.layout.blocks))
 
 
 def routed(model: Any, batches: list[Batch], share: float) -> Routed:
