@@ -162,7 +162,7 @@ class Passes:
         self, micro: Micro, trace: Trace, full: Tensor, accuracies: Mapping[int, float]
     ) -> dict[str, float]:
         batch, mask = micro.batch, micro.batch.predicted
-        widths = {layer: used[:, :-1][mask] for layer, used in _first(trace).items()}
+        widths = {layer: used.view_as(batch.input_ids)[:, :-1][mask] for layer, used in _first(trace).items()}
         losses = -full.gather(1, _targets(batch, mask)[:, None])[:, 0]
         blocks = self.engine.network.layout.blocks
         found = router_statistics(widths, batch.input_ids[:, :-1][mask], losses, blocks, accuracies)
@@ -178,7 +178,8 @@ class Passes:
         if not isinstance(scored, Scored):
             return Uniform(uniform_width(budget, network.layout.blocks))
         asked, real = min(1.0, max(0.01, budget - plan.drift)), micro.batch.attention_mask
-        scores = [real_tokens(score, real) for score in scored.scores.values()]
+        features = int(self.config.router != "gate")
+        scores = [real_tokens(score, real, features=features) for score in scored.scores.values()]
         level = solve_level(network.ffns()[0].router, scores, asked, mean=self._mean(micro.batch))
         if self.config.router == "gate":
             return Gated(level, self.config.temperature, real)

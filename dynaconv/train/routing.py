@@ -114,8 +114,8 @@ class Labelled:
 
     def observe(self, ffn: DynamicFFN, x: Tensor, h: Tensor) -> None:
         """Measures the curve of activations ``h`` (B, T, F) and the router's loss against it."""
-        score = real_tokens(self._scores[ffn.layer], self.real)
-        tokens, down = real_tokens(h.detach(), self.real).float(), ffn.weights().down.detach()
+        score = real_tokens(self._scores[ffn.layer], self.real, features=1)
+        tokens, down = real_tokens(h.detach(), self.real, features=1).float(), ffn.weights().down.detach()
         if ffn.router.kind == "curve":
             target = log_errors(relative_errors(tokens, down, ffn.edges))
             loss = functional.mse_loss(score, target)
@@ -138,9 +138,13 @@ class Labelled:
         return right.float().mean().item()
 
 
-def real_tokens(values: Tensor, real: Tensor | None) -> Tensor:
-    """``values`` (B, T, ...) of the tokens that are ``real`` (B, T), or of all: (M, ...)."""
-    return values.flatten(0, 1) if real is None else values[real]
+def real_tokens(values: Tensor, real: Tensor | None, *, features: int = 0) -> Tensor:
+    """``values`` of the tokens that are ``real`` (B, T), or of all: (M,), or (M, n) where there are ``features``.
+
+    Some models call their FFNs with (B, T) tokens, some (OPT) with B * T.
+    """
+    flat = values.flatten(0, values.dim() - 1 - features)
+    return flat if real is None else flat[real.flatten()]
 
 
 def spent_share(widths: Mapping[int, Tensor], edges: tuple[int, ...]) -> float:
