@@ -209,10 +209,12 @@ def uneven(config: RunConfig, world: int) -> str | None:
     sequences = tuning.batch_size // tuning.accumulation
     if sequences % world == 0:
         return None
-    parts = f"{tuning.batch_size} sequences in {tuning.accumulation} micro-batches"
+    smallest = world * tuning.accumulation
+    parts = f"finetune: {tuning.batch_size} sequences in {tuning.accumulation} micro-batches"
+    hint = f"finetune.batch_size={-(-tuning.batch_size // smallest) * smallest} would do"
     if sequences < world:
-        return f"{world} processes, and a micro-batch of {sequences} sequences (finetune: {parts}): some would get none"
-    return f"{world} processes do not divide a micro-batch of {sequences} sequences (finetune: {parts})"
+        return f"{world} processes, and a micro-batch of {sequences} sequences ({parts}): some get none; {hint}"
+    return f"{world} processes do not divide a micro-batch of {sequences} sequences ({parts}); {hint}"
 
 
 def _problems_of_losses(tune: FinetuneConfig) -> Iterator[str]:

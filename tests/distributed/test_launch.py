@@ -127,7 +127,7 @@ def test_a_signal_to_the_launcher_saves_on_every_rank(words: list[str], tmp_path
     ("override", "told"),
     [
         ("--nproc=3", "3 processes do not divide a micro-batch of 4 sequences"),
-        ("--nproc=8", "some would get none"),
+        ("--nproc=8", "some get none; finetune.batch_size=8 would do"),
         ("--hostfile=nowhere", "the hostfile cannot be read"),
     ],
 )
