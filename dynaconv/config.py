@@ -195,8 +195,8 @@ class LossesConfig:
 
     full: LossConfig = field(default_factory=lambda: LossConfig(0.5))
     dial: LossConfig = field(default_factory=LossConfig)
-    distill: LossConfig = field(default_factory=lambda: LossConfig(0.5))
-    distill_full: LossConfig = field(default_factory=LossConfig)
+    distill: LossConfig = field(default_factory=lambda: LossConfig(0.75))
+    distill_full: LossConfig = field(default_factory=lambda: LossConfig(1.0))
     router: LossConfig = field(default_factory=lambda: LossConfig(1.0))
     consistency: LossConfig = field(default_factory=LossConfig)
 
@@ -242,24 +242,24 @@ class FinetuneConfig:
     """
 
     tokens: int = 1_500_000
-    batch_size: int = 16
+    batch_size: int = 4
     accumulation: int = 1
     router: str = "gate"
     trainable: str = "all"
     lora_rank: int = 16
     lora_alpha: float = 32.0
-    teacher: str = "self"
+    teacher: str = "parent"
     losses: LossesConfig = field(default_factory=LossesConfig)
-    learning_rate: float = 6e-4
+    learning_rate: float = 4e-4
     router_learning_rate: float = 1e-3
     warmup_steps: int = 20
     weight_decay: float = 0.0
     clip: float = 1.0
     explosion: float = 3.0
     full_share: float = 0.0
-    uniform_share: float = 0.4
+    uniform_share: float = 0.3
     budgets: list[float] = field(default_factory=lambda: [0.15, 0.75])
-    distribution: str = "uniform"
+    distribution: str = "low"
     anchor: float | None = None
     anchor_after: float = 0.9
     router_rank: int = 0

@@ -36,7 +36,8 @@ from dynaconv.train.cost import finetune_estimate, needs_parent, passes
 from dynaconv.train.engine import TorchEngine
 from dynaconv.train.loop import Trainer
 
-DENSE = LossesConfig(full=LossConfig(1.0), distill=LossConfig(0.0))
+DENSE = LossesConfig(full=LossConfig(1.0), distill=LossConfig(0.0), distill_full=LossConfig(0.0))
+ALONE = LossesConfig(full=LossConfig(0.5), distill=LossConfig(0.5), distill_full=LossConfig(0.0))
 BLOCKS = 8
 VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {"router": "uniform", "losses": DENSE},
@@ -45,7 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "curve": {"router": "curve"},
     "class": {"router": "class"},
     "gate, parent teaches": {"teacher": "parent"},
-    "gate, consistency": {"losses": LossesConfig(consistency=LossConfig(0.5))},
+    "gate, consistency": {"losses": replace(ALONE, consistency=LossConfig(0.5))},
     "gate, routers only": {"trainable": "routers"},
     "gate, lora": {"trainable": "lora"},
     "gate, checkpointing": {"gradient_checkpointing": True},
@@ -100,8 +101,9 @@ def main(
 
 
 def recipe(name: str, batch_size: int, length: int) -> RunConfig:
-    """The default recipe with what the variant changes; routed from the start."""
+    """The recipe nested without a parent, with what the variant changes; routed from the start."""
     shared = {"batch_size": batch_size, "tokens": 1000 * batch_size * length, "uniform_share": 0.0}
+    shared |= {"teacher": "self", "losses": ALONE}
     config = RunConfig(blocks=BLOCKS, finetune=replace(FinetuneConfig(), **(shared | VARIANTS[name])))
     config.data.sequence_length = length
     return config

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from dynaconv.arch.blocks import block_edges
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.arch.registry import known_families
+from dynaconv.config import LossConfig, LossesConfig
 from dynaconv.dynamic.layout import DialTable, FFNLayout, Layout, RouterLayout
 from dynaconv.dynamic.modeling import attach
 
@@ -22,6 +23,10 @@ ROUTERS = {
     "curve": RouterLayout("curve", linear=True, rank=0),
     "class": RouterLayout("class", linear=True, rank=8),
     "none": RouterLayout("none"),
+}
+SELF_TAUGHT: dict[str, Any] = {  # settings of fine-tuning without a parent
+    "teacher": "self",
+    "losses": LossesConfig(full=LossConfig(0.5), distill=LossConfig(0.5), distill_full=LossConfig(0.0)),
 }
 LEVELS = {"gate": (0.5, 2.0, 8.0), "curve": (-1.0, 0.5, 40.0), "class": (0.3, 0.6, 1.0), "none": (1.0, 2.0, 4.0)}
 

@@ -128,19 +128,20 @@ def test_losses_that_leave_nothing_to_learn_from(router: str) -> None:
     config.finetune.router = router
     config.finetune.losses.distill.weight = 0.0
     assert len(problems(config)) == (router == "gate"), "dense training needs no dial; a gate router does"
-    config.finetune.losses.full.weight = 0.0
+    config.finetune.losses.full.weight = config.finetune.losses.distill_full.weight = 0.0
     (sentence,) = problems(config)
     assert "nothing to learn from" in sentence
 
 
 def test_a_step_needs_something_to_train() -> None:
     config = RunConfig()
-    config.finetune.losses.full.after = config.finetune.losses.distill.after = 0.5
+    losses = config.finetune.losses
+    losses.full.after = losses.distill.after = losses.distill_full.after = 0.5
     (sentence,) = problems(config)
     assert "from the first step on" in sentence
-    config.finetune.losses.full.after = 0.0
+    losses.full.after = 0.0
     assert problems(config) == []
-    config.finetune.losses.full.weight, config.finetune.losses.distill.after = 0.0, 0.0
+    losses.full.weight, losses.distill_full.weight, losses.distill.after = 0.0, 0.0, 0.0
     assert problems(config) == []
     config.finetune.full_share = 0.2
     (sentence,) = problems(config)
@@ -150,7 +151,8 @@ def test_a_step_needs_something_to_train() -> None:
 def test_routers_may_learn_from_labels_alone() -> None:
     config = RunConfig()
     config.finetune.router, config.finetune.trainable = "class", "routers"
-    config.finetune.losses.full.weight = config.finetune.losses.distill.weight = 0.0
+    losses = config.finetune.losses
+    losses.full.weight = losses.distill_full.weight = losses.distill.weight = 0.0
     assert problems(config) == []
     config.finetune.trainable = "all"
     assert len(problems(config)) == 1

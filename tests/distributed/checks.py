@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from conftest import make_checkpoint
-from dynamic_models import dynamic_model, token_ids
+from dynamic_models import SELF_TAUGHT, dynamic_model, token_ids
 from torch import Tensor
 
 from dynaconv.config import EngineConfig, FinetuneConfig, RunConfig
@@ -61,7 +61,7 @@ class Bench:
         self, folder: Path, engine: EngineConfig, ranks: Ranks, steps: int, router: str = "gate", **more: Any
     ) -> Trainer:
         settings = {"warmup_steps": 2, "uniform_share": 0.3, "clip": 0.3, "weight_decay": 0.1, "router": router, **more}
-        tuning = FinetuneConfig(batch_size=8, accumulation=2, **settings)
+        tuning = FinetuneConfig(batch_size=8, accumulation=2, **(SELF_TAUGHT | settings))
         torch.manual_seed(ranks.rank)
         network = dynamic_model(folder, router)
         choose(network, tuning.trainable)

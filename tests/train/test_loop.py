@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from dynamic_models import dynamic_model
+from dynamic_models import SELF_TAUGHT, dynamic_model
 from torch import Tensor
 
 from dynaconv.config import FinetuneConfig, LossConfig, LossesConfig
@@ -23,7 +23,9 @@ from dynaconv.train.state import Position, load_state, save_state
 
 Maker = Callable[..., Path]
 STEPS = 8
-CONFIG = FinetuneConfig(batch_size=4, learning_rate=3e-3, router_learning_rate=3e-3, warmup_steps=2, uniform_share=0.25)
+CONFIG = FinetuneConfig(
+    **SELF_TAUGHT, batch_size=4, learning_rate=3e-3, router_learning_rate=3e-3, warmup_steps=2, uniform_share=0.25
+)
 CPU = Ranks.single("cpu")
 
 
@@ -43,7 +45,7 @@ def only(**weights: float) -> LossesConfig:
 
 
 def consistent() -> LossesConfig:
-    return replace(LossesConfig(), consistency=LossConfig(0.3))
+    return replace(SELF_TAUGHT["losses"], consistency=LossConfig(0.3))
 
 
 def weights(made: Trainer) -> dict[str, Tensor]:

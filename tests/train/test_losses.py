@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from dynamic_models import dynamic_model
+from dynamic_models import SELF_TAUGHT, dynamic_model
 from torch.nn import functional
 
 from dynaconv.config import FinetuneConfig, LossConfig, LossesConfig
@@ -24,7 +24,7 @@ from dynaconv.train.losses import cross_entropy, divergence, log_probabilities, 
 from dynaconv.train.passes import Micro, Passes, Plan
 
 Maker = Callable[..., Path]
-CONFIG = FinetuneConfig(batch_size=4, uniform_share=0.0, statistics_every=0)
+CONFIG = FinetuneConfig(**SELF_TAUGHT, batch_size=4, uniform_share=0.0, statistics_every=0)
 WINDOWS = Windows(torch.arange(1, 60).repeat(30).int(), 16)
 
 
@@ -47,8 +47,8 @@ def test_a_loss_is_off_then_rises_then_stays() -> None:
     assert weights(LossesConfig(), 0, 10) == {
         "full": 0.5,
         "dial": 0.0,
-        "distill": 0.5,
-        "distill_full": 0.0,
+        "distill": 0.75,
+        "distill_full": 1.0,
         "router": 1.0,
         "consistency": 0.0,
     }
@@ -174,10 +174,11 @@ def test_what_is_not_scored_does_not_count(tiny_checkpoint: Maker) -> None:
     assert found[1]["loss_full"] == pytest.approx(each.mean().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
 @pytest.mark.parametrize("router", ["gate", "curve", "class"])
-def test_padding_counts_nowhere(tiny_checkpoint: Maker, router: str) -> None:
+def test_padding_counts_nowhere(tiny_checkpoint: Maker, router: str, family: str) -> None:
     """More padding changes neither level, share, losses nor gradients."""
-    folder, config = tiny_checkpoint(), replace(CONFIG, router=router, statistics_every=1)
+    folder, config = tiny_checkpoint(family), replace(CONFIG, router=router, statistics_every=1)
     ids = torch.arange(1, 33).view(2, 16)
     real = torch.ones(2, 16, dtype=torch.bool)
     real[1, 10:] = False

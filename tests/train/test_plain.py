@@ -26,6 +26,7 @@ from dynaconv.train.sampler import draw
 Maker = Callable[..., Path]
 BLOCKS, STEPS, SEED = 4, 6, 3
 CONFIG = FinetuneConfig(batch_size=4, learning_rate=3e-3, router_learning_rate=3e-3, warmup_steps=2, uniform_share=0.5)
+DENSE = LossesConfig(full=LossConfig(1.0), distill=LossConfig(0.0), distill_full=LossConfig(0.0))
 
 
 @contextmanager
@@ -48,10 +49,11 @@ def scaled(model: Any, factors: Callable[[int, Tensor], Tensor]) -> Iterator[Non
 
 
 class Plain:
-    """The default recipe's step: stock model, routers beside it, everything written out."""
+    """The default recipe's step: stock models, routers beside, everything written out."""
 
     def __init__(self, folder: Path, routers: list[Any]) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder).train()
+        self.parent = AutoModelForCausalLM.from_pretrained(folder)
         self.routers, self.drift = routers, 0.0
         self.own = [p for router in routers for p in router.parameters()]
         groups = [{"params": list(self.model.parameters()), "peak": 3e-3}, {"params": self.own, "peak": 3e-3}]
@@ -67,9 +69,12 @@ class Plain:
         inputs: list[Tensor] = []
         with scaled(self.model, lambda layer, x: inputs.append(x.detach()) or torch.ones(())):
             logits = self.model(ids).logits[:, :-1].flatten(0, 1)
+        with torch.no_grad():
+            taught = self.parent(ids).logits[:, :-1].flatten(0, 1).log_softmax(-1)
         loss = functional.cross_entropy(logits, ids[:, 1:].flatten())
-        (0.5 * loss).backward()
-        found, scores = {"loss_full": loss.item()}, []
+        held = (taught.exp() * (taught - logits.log_softmax(-1))).sum(-1).mean()
+        (0.5 * loss + held).backward()
+        found, scores = {"loss_full": loss.item(), "kl_full": held.item()}, []
         width, edge = max(1, round(chosen.budget * BLOCKS)), torch.arange(BLOCKS) + 0.5
         level = self.level([self.score(i, x).detach() for i, x in enumerate(inputs)], chosen.budget - self.drift)
         spent: list[float] = []
@@ -89,9 +94,8 @@ class Plain:
 
         with scaled(self.model, factors):
             low = self.model(ids).logits[:, :-1].flatten(0, 1).log_softmax(-1)
-        taught = logits.detach().log_softmax(-1)
         divergence = (taught.exp() * (taught - low)).sum(-1).mean()
-        (0.5 * divergence).backward()
+        (0.75 * divergence).backward()
         found |= {"kl_dial": divergence.item(), "share_spent": sum(spent) / len(spent)}
         if chosen.routed:
             self.drift += DRIFT_GAIN * (found["share_spent"] - chosen.budget)
@@ -119,7 +123,8 @@ def test_the_default_recipe_trains_as_it_is_written(tiny_checkpoint: Maker) -> N
     folder, windows = tiny_checkpoint(ffn=128), Windows(torch.arange(1, 60).repeat(30).int(), 16)
     made = dynamic_model(folder, "gate", blocks=BLOCKS)
     twin = dynamic_model(folder, "gate", blocks=BLOCKS)
-    trainer = Trainer(TorchEngine(made, CONFIG, Ranks.single("cpu")), CONFIG, windows, STEPS, SEED)
+    parent = AutoModelForCausalLM.from_pretrained(folder)
+    trainer = Trainer(TorchEngine(made, CONFIG, Ranks.single("cpu")), CONFIG, windows, STEPS, SEED, parent)
     plain = Plain(folder, [ffn.router for ffn in twin.ffns()])
     trainer.engine.model.train()
     for step in range(STEPS):
@@ -132,7 +137,7 @@ def test_the_default_recipe_trains_as_it_is_written(tiny_checkpoint: Maker) -> N
 
 def test_dense_training_is_plain_training(tiny_checkpoint: Maker) -> None:
     folder, windows = tiny_checkpoint(ffn=128), Windows(torch.arange(1, 60).repeat(30).int(), 16)
-    config = replace(CONFIG, router="uniform", losses=LossesConfig(full=LossConfig(1.0), distill=LossConfig(0.0)))
+    config = replace(CONFIG, router="uniform", losses=DENSE)
     trainer = Trainer(TorchEngine(dynamic_model(folder, "none"), config, Ranks.single("cpu")), config, windows, 4, SEED)
     model = AutoModelForCausalLM.from_pretrained(folder).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynamic_models import dynamic_model
+from dynamic_models import SELF_TAUGHT, dynamic_model
 
 from dynaconv.config import FinetuneConfig
 from dynaconv.data.windows import Windows
@@ -52,7 +52,9 @@ def test_difficulty_is_ranked() -> None:
 
 @pytest.mark.parametrize("router", ["gate", "curve", "class"])
 def test_training_measures_every_so_many_steps(tiny_checkpoint: Maker, router: str) -> None:
-    config = FinetuneConfig(batch_size=4, router=router, uniform_share=0.25, statistics_every=3, accumulation=2)
+    config = FinetuneConfig(
+        **SELF_TAUGHT, batch_size=4, router=router, uniform_share=0.25, statistics_every=3, accumulation=2
+    )
     engine = TorchEngine(dynamic_model(tiny_checkpoint(), router), config, Ranks.single("cpu"))
     made = Trainer(engine, config, Windows(torch.arange(1, 60).repeat(30).int(), 16), steps=8, seed=3)
     measured, without = [], Trainer(engine, replace(config, statistics_every=0), made.windows, steps=8, seed=3)

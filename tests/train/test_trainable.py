@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from dynamic_models import dynamic_model, token_ids
+from dynamic_models import SELF_TAUGHT, dynamic_model, token_ids
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -26,7 +26,9 @@ from dynaconv.train.loop import Trainer
 from dynaconv.train.model import routed_model, write_checkpoint
 
 Maker = Callable[..., Path]
-CONFIG = FinetuneConfig(batch_size=4, learning_rate=3e-3, router_learning_rate=3e-2, warmup_steps=1, uniform_share=0.25)
+CONFIG = FinetuneConfig(
+    **SELF_TAUGHT, batch_size=4, learning_rate=3e-3, router_learning_rate=3e-2, warmup_steps=1, uniform_share=0.25
+)
 
 
 def carved(parent: Path, folder: Path) -> Path:

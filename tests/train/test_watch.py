@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from dynamic_models import dynamic_model
+from dynamic_models import SELF_TAUGHT, dynamic_model
 from tiny_run import convert, documents_file, tensor_hashes, tiny_config
 
 from dynaconv.artifacts.files import write_json
@@ -36,7 +36,7 @@ CPU_MESSAGE = "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator
 
 
 def trainer(folder: Path, **settings: Any) -> Trainer:
-    config = FinetuneConfig(batch_size=4, **settings)
+    config = FinetuneConfig(batch_size=4, **(SELF_TAUGHT | settings))
     engine = TorchEngine(dynamic_model(folder), config, Ranks.single("cpu"))
     return Trainer(engine, config, Windows(torch.arange(1, 60).repeat(30).int(), 16), steps=8, seed=3)
 
@@ -108,7 +108,7 @@ def test_running_out_of_memory_is_told_from_other_errors(error: Exception, known
 )
 def test_the_setting_to_change_is_named(changes: dict[str, Any], ranks: int, said: str) -> None:
     config = RunConfig()
-    config.finetune = replace(config.finetune, **changes)
+    config.finetune = replace(config.finetune, **({"batch_size": 16} | changes))
     with pytest.raises(ConfigError) as caught, memory_errors(config, ranks):
         raise MemoryError
     assert said in str(caught.value)
