@@ -107,6 +107,7 @@ class Rows:
 
     def __post_init__(self) -> None:
         self.rows: list[dict[str, Any]] = known_rows(self.path, self.settings)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def row(self, weights: str, policy: str, share: float, measure: Callable[[], Score]) -> dict[str, Any]:
         """Measures and saves one row, or finds it."""

@@ -30,7 +30,7 @@ def row(weights: str, policy: str, share: float, loss: float, seed: int = 0) -> 
 
 
 def test_a_finished_row_is_found_again_and_other_settings_are_not(bench: Any, tmp_path: Path) -> None:
-    path, copy = tmp_path / "rows.json", bench.Copy("nested", 1)
+    path, copy = tmp_path / "rows" / "rows.json", bench.Copy("nested", 1)
     measured = []
 
     def measure() -> Score:
