@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from math import prod
 
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.config import EngineConfig, FinetuneConfig, RunConfig
 from dynaconv.pipeline.stage import Estimate
+from dynaconv.train.memory_cost import DEEPSPEED_BYTES, PEFT_BYTES, Graph, Weights, peak_bytes
 
-WORD = 4  # bytes of the float32 that weights, gradients and moments are kept in
-# Values kept a token for the backward pass, measured: over D, F (each layer; all on, at a dial) and V; and how much of
-# it where weights are frozen, which then do not need their inputs, and where adapters keep theirs.
-RESIDUAL_KEPT, DENSE_KEPT, DIAL_KEPT, VOCABULARY_KEPT = 22.0, 5.25, 8.25, 9.5
-OF_ALL = {"routers": 0.6, "lora": 1.3}
+# Blocks of D and of F channels that each layer keeps for the backward pass, by what is trained. Weights that are frozen
+# do not need their inputs. Adapters need theirs (7 and 4), and the small blocks that they keep lie in the gaps that the
+# sums with their outputs leave, so that these cannot be used again.
+KEPT = {"all": (10, 4), "ffn": (5, 4), "routers": (6, 3), "lora": (10, 6)}
 
 
 @dataclass(frozen=True)
@@ -79,42 +80,54 @@ def _dial_share(tuning: FinetuneConfig) -> float:
 
 
 def finetune_estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
-    """Weights in fp32, gradients and AdamW's two moments of what is trained, activations of one micro-batch."""
-    tuning, sizes, layers = config.finetune, checkpoint.sizes, checkpoint.layers
-    tokens = tuning.batch_size * config.data.sequence_length // (tuning.accumulation * config.engine.nproc)
-    weights, counted = WORD * checkpoint.parameters, passes(tuning)
-    neurons = DIAL_KEPT if _dial_share(tuning) else DENSE_KEPT
-    layer = OF_ALL.get(tuning.trainable, 1.0) * (RESIDUAL_KEPT * sizes["residual"] + neurons * sizes["ffn"])
-    kept = sizes["residual"] * layers + 2 * layer if tuning.gradient_checkpointing else layers * layer
-    activations = round(WORD * tokens * (kept + VOCABULARY_KEPT * sizes["vocab"]))
+    """Weights in fp32, gradients, AdamW's two moments, what the engine copies, and activations of one micro-batch."""
+    tuning, counted = config.finetune, passes(config.finetune)
+    parent = checkpoint.reader.total_bytes if needs_parent(tuning) else 0  # in the dtype that it is stored in
     batch = f"{tuning.batch_size} x {config.data.sequence_length} tokens"
-    state = WORD * words_kept(config.engine, checkpoint.parameters, trained(tuning, checkpoint))
+    memory = peak_bytes(config.engine, weights_of(tuning, checkpoint), graph_of(config, checkpoint))
     return Estimate(
-        peak_bytes=state + needs_parent(tuning) * weights + activations,
+        peak_bytes=memory + parent + _imported(config),
         disk_bytes=checkpoint.reader.total_bytes,
         flops=6.0 * counted.dense * checkpoint.parameters * tuning.tokens,
         notes=(f"{steps(config)} steps of {batch}", f"{counted} a step", *_shared(config.engine)),
     )
 
 
-def words_kept(engine: EngineConfig, parameters: int, trained: int) -> int:
-    """Numbers that one of the processes keeps of weights, gradients and AdamW's moments.
+def weights_of(tuning: FinetuneConfig, checkpoint: Checkpoint) -> Weights:
+    """The model in numbers, without the routers, which are few."""
+    sizes = [prod(slot.shape) for slot in checkpoint.slots.values()]
+    within = [prod(slot.shape) for slot in checkpoint.slots.values() if slot.spec.part == "ffn"]
+    largest = {"all": max(sizes), "ffn": max(within)}.get(tuning.trainable, 0)
+    head = checkpoint.head_parameters if tuning.trainable == "all" else 0
+    return Weights(checkpoint.parameters, trained(tuning, checkpoint), largest, head, checkpoint.tied)
 
-    What is offloaded stays on the machine, so it counts here too. DeepSpeed steps on copies of what is trained; its
-    buffers, and what is there twice while it takes a model apart, are not counted.
-    """
-    ranks, stage = engine.nproc, engine.zero_stage if engine.kind == "deepspeed" else 0
-    if stage == 0:
-        return parameters + 3 * trained
-    part = math.ceil(trained / ranks)
-    if stage < 3:
-        return parameters + 3 * part + (trained if stage == 1 else part)
-    return max(parameters, math.ceil(parameters / ranks) + 4 * part)  # read whole, then taken apart
+
+def graph_of(config: RunConfig, checkpoint: Checkpoint) -> Graph:
+    """What the largest backward pass of a step keeps: the one at the sampled dial, where there is one."""
+    tuning, sizes, dial = config.finetune, checkpoint.sizes, _dial_share(config.finetune) > 0
+    by_width, by_neurons = KEPT[tuning.trainable]
+    by_neurons += dial  # activations before and after they are masked
+    # Log-probabilities, and what the loss makes of them; of a divergence, its teacher's and exp of these.
+    by_vocabulary = (5 + needs_parent(tuning)) if dial else (3 + 2 * needs_parent(tuning))
+    by_vocabulary += 2 * (dial and tuning.losses.consistency.weight > 0)
+    layers = checkpoint.layers
+    if tuning.gradient_checkpointing:  # what goes into each layer; one layer recomputed, and its gradients
+        by_width, by_neurons = layers + 2 * by_width, 2 * by_neurons
+    else:
+        by_width, by_neurons = layers * by_width, layers * by_neurons
+    tokens = tuning.batch_size * config.data.sequence_length // (tuning.accumulation * config.engine.nproc)
+    again = tuning.accumulation > 1 or passes(tuning).backward > 1
+    return Graph(tokens, sizes["residual"], sizes["ffn"], sizes["vocab"], by_width, by_neurons, by_vocabulary, again)
+
+
+def _imported(config: RunConfig) -> int:
+    adapters = PEFT_BYTES if config.finetune.trainable == "lora" else 0
+    return adapters + (DEEPSPEED_BYTES if config.engine.kind == "deepspeed" else 0)
 
 
 def _shared(engine: EngineConfig) -> tuple[str, ...]:
     shared = (f"memory is that of each of {engine.nproc} processes",) if engine.nproc > 1 else ()
-    return (*shared, "DeepSpeed's buffers come on top of that memory") if engine.kind == "deepspeed" else shared
+    return (*shared, "what engine.deepspeed_config sets is not counted") if engine.deepspeed_config else shared
 
 
 def trained(tuning: FinetuneConfig, checkpoint: Checkpoint) -> int:

@@ -19,6 +19,10 @@ OURS_ALONE = {  # sections that would replace what the recipe says, and what say
     "data_efficiency": "the section data",
     "curriculum_learning": "the section finetune",
 }
+# How many gradients are sent together. DeepSpeed's own 5e8 is a buffer of 2 GB in fp32, which a small model would fill
+# with a second copy of all its gradients; 40 MB are still more than torch's own DDP sends at once.
+BUCKET = 10**7
+FLAT = 5 * 10**8  # the same at stage 0, where DeepSpeed takes no other
 NEVER = 10**12
 PASSES = 4
 
@@ -29,18 +33,18 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
     Raises:
         ConfigError: The file cannot be read, or contradicts the recipe; lists every contradiction.
     """
-    ours = _ours(config, world)
+    ours, defaults = _ours(config, world), {"zero_optimization": {"reduce_bucket_size": BUCKET}}
     # A step calls backward several times for each micro-batch: what DeepSpeed is told only has to be more than one.
     counted = {"gradient_accumulation_steps": PASSES * config.finetune.accumulation}
     counted["train_batch_size"] = PASSES * config.finetune.batch_size
     if config.engine.deepspeed_config is None:
-        return ours | counted
+        return _merged(defaults, ours) | counted
     path = Path(config.engine.deepspeed_config).expanduser()
     theirs = _read(path)
     wrong = list(_contradictions(ours, theirs))
     if wrong:
         raise ConfigError.from_problems(wrong, where=path)
-    return _merged(theirs, ours) | counted
+    return _merged(_merged(defaults, theirs), ours) | counted
 
 
 def _ours(config: RunConfig, world: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from dynaconv.config import FinetuneConfig, RunConfig
 from dynaconv.errors import ConfigError
 from dynaconv.ranks import Ranks
 from dynaconv.rules import uneven
+from dynaconv.train.memory_cost import PIECE
 
 STATE_FILE = "engine.safetensors"
 BETAS = (0.9, 0.95)
@@ -129,7 +130,10 @@ class TorchEngine:
             for _, parameter in self._named():
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                parameter.grad = self.ranks.mean(parameter.grad)
+                if self.ranks.world > 1:
+                    parameter.grad = parameter.grad.contiguous()
+                    for piece in parameter.grad.view(-1).split(PIECE):
+                        piece.copy_(self.ranks.mean(piece))
 
     def step(self, factor: float) -> dict[str, float]:
         """One AdamW step."""

@@ -11,7 +11,7 @@ import pytest
 from dynaconv.config import EngineConfig, FinetuneConfig, RunConfig
 from dynaconv.errors import ConfigError
 from dynaconv.rules import problems, uneven
-from dynaconv.train.deepspeed_config import deepspeed_config
+from dynaconv.train.deepspeed_config import BUCKET, deepspeed_config
 from dynaconv.train.stage import FinetuneStage
 
 
@@ -25,6 +25,7 @@ def test_the_recipe_decides() -> None:
     made = deepspeed_config(config(zero_stage=3, offload_optimizer=True, offload_parameters=True), 4)
     assert made["gradient_clipping"] == 0.5
     assert made["zero_optimization"]["stage"] == 3
+    assert made["zero_optimization"]["reduce_bucket_size"] == BUCKET
     assert made["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
     assert made["zero_optimization"]["offload_param"] == {"device": "cpu"}
     counted = made["train_micro_batch_size_per_gpu"] * made["gradient_accumulation_steps"] * 4
