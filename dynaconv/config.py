@@ -193,10 +193,10 @@ class LossesConfig:
         consistency: KL(higher dial || sampled dial) of a second, higher dial on the same batch.
     """
 
-    full: LossConfig = field(default_factory=lambda: LossConfig(0.5))
+    full: LossConfig = field(default_factory=lambda: LossConfig(0.4))
     dial: LossConfig = field(default_factory=LossConfig)
-    distill: LossConfig = field(default_factory=lambda: LossConfig(0.75))
-    distill_full: LossConfig = field(default_factory=lambda: LossConfig(1.0))
+    distill: LossConfig = field(default_factory=lambda: LossConfig(0.8))
+    distill_full: LossConfig = field(default_factory=lambda: LossConfig(0.8))
     router: LossConfig = field(default_factory=lambda: LossConfig(1.0))
     consistency: LossConfig = field(default_factory=LossConfig)
 
@@ -250,15 +250,15 @@ class FinetuneConfig:
     lora_alpha: float = 32.0
     teacher: str = "parent"
     losses: LossesConfig = field(default_factory=LossesConfig)
-    learning_rate: float = 4e-4
+    learning_rate: float = 6e-4
     router_learning_rate: float = 1e-3
     warmup_steps: int = 20
     weight_decay: float = 0.0
     clip: float = 1.0
     explosion: float = 3.0
     full_share: float = 0.0
-    uniform_share: float = 0.3
-    budgets: list[float] = field(default_factory=lambda: [0.15, 0.75])
+    uniform_share: float = 0.4
+    budgets: list[float] = field(default_factory=lambda: [0.125, 0.75])
     distribution: str = "low"
     anchor: float | None = None
     anchor_after: float = 0.9

@@ -45,10 +45,10 @@ def test_a_loss_is_off_then_rises_then_stays() -> None:
     assert [weight(LossConfig(0.5), step, 10) for step in range(10)] == [0.5] * 10
     assert [weight(LossConfig(1.0, after=0.5), step, 10) for step in range(10)] == [0.0] * 5 + [1.0] * 5
     assert weights(LossesConfig(), 0, 10) == {
-        "full": 0.5,
+        "full": 0.4,
         "dial": 0.0,
-        "distill": 0.75,
-        "distill_full": 1.0,
+        "distill": 0.8,
+        "distill_full": 0.8,
         "router": 1.0,
         "consistency": 0.0,
     }

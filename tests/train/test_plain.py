@@ -73,7 +73,7 @@ class Plain:
             taught = self.parent(ids).logits[:, :-1].flatten(0, 1).log_softmax(-1)
         loss = functional.cross_entropy(logits, ids[:, 1:].flatten())
         held = (taught.exp() * (taught - logits.log_softmax(-1))).sum(-1).mean()
-        (0.5 * loss + held).backward()
+        (0.4 * loss + 0.8 * held).backward()
         found, scores = {"loss_full": loss.item(), "kl_full": held.item()}, []
         width, edge = max(1, round(chosen.budget * BLOCKS)), torch.arange(BLOCKS) + 0.5
         level = self.level([self.score(i, x).detach() for i, x in enumerate(inputs)], chosen.budget - self.drift)
@@ -95,7 +95,7 @@ class Plain:
         with scaled(self.model, factors):
             low = self.model(ids).logits[:, :-1].flatten(0, 1).log_softmax(-1)
         divergence = (taught.exp() * (taught - low)).sum(-1).mean()
-        (0.75 * divergence).backward()
+        (0.8 * divergence).backward()
         found |= {"kl_dial": divergence.item(), "share_spent": sum(spent) / len(spent)}
         if chosen.routed:
             self.drift += DRIFT_GAIN * (found["share_spent"] - chosen.budget)
