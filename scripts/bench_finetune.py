@@ -1,18 +1,15 @@
-"""Speed and memory of fine-tuning against plain dense training, and against what `plan` says.
+"""Speed of fine-tuning against plain dense training.
 
     python scripts/bench_finetune.py MODEL
 
 MODEL is a dense checkpoint; text is random tokens. Steps of all variants take turns in one process, so that a busy
 machine slows all alike, and ratios are between their fastest steps: tokens/s times the passes that the losses need
 (dense training: one forward, one backward), over tokens/s of stock transformers with AdamW. 1 would be no overhead at
-all. On a CPU the clock is that of the process. Peak memory is measured in a process for each variant.
+all. On a CPU the clock is that of the process. Peak memory is bench_finetune_memory.py's matter.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -29,10 +26,8 @@ from dynaconv.cli.quiet import silence_libraries
 from dynaconv.config import FinetuneConfig, LossConfig, LossesConfig, RunConfig
 from dynaconv.data.windows import Windows, training_batch
 from dynaconv.dynamic.layout import FFNLayout, Layout
-from dynaconv.memory import peak_rss_bytes
-from dynaconv.pipeline.stage import INTERPRETER_BYTES
 from dynaconv.ranks import Ranks
-from dynaconv.train.cost import finetune_estimate, needs_parent, passes
+from dynaconv.train.cost import needs_parent, passes
 from dynaconv.train.engine import TorchEngine
 from dynaconv.train.loop import Trainer
 
@@ -60,14 +55,10 @@ def main(
     rounds: Annotated[int, typer.Option(help="Measured steps of each variant.")] = 5,
     threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
     out: Annotated[Path, typer.Option(help="Result file.")] = Path("benchmarks/finetune.json"),
-    peak: Annotated[str, typer.Option(help="Only print the peak memory of this variant.", hidden=True)] = "",
 ) -> None:
     """Measures, prints, writes."""
     silence_libraries()
     torch.set_num_threads(threads)
-    if peak:
-        typer.echo(json.dumps({"peak_bytes": measured_peak(model, recipe(peak, batch_size, length))}))
-        return
     configs = {name: recipe(name, batch_size, length) for name in VARIANTS}
     steps: dict[str, Callable[[int], object]] = {"stock": stock_step(model, configs["dense"])}
     trainers = {name: trainer(model, config) for name, config in configs.items()}
@@ -78,21 +69,15 @@ def main(
     rows = []
     for name, config in configs.items():
         counted, own = passes(config.finetune), min(seconds[name])
-        planned = finetune_estimate(config, Checkpoint.open(model)).peak_bytes + INTERPRETER_BYTES
-        used = peak_of(name, model, batch_size, length, threads)
         row = {
             "variant": name,
             "tokens_per_s": round(batch_size * length / own, 1),
             "passes": asdict(counted),
             "over_dense": round(min(seconds["stock"]) * counted.dense / own, 3),
             "loading_share": round(loading / own, 5),
-            "peak_bytes": used,
-            "planned_bytes": planned,
-            "planned_over_peak": round(planned / used, 3),
         }
         rows.append(row)
         typer.echo(f"{name:22} {row['tokens_per_s']:9} tokens/s  {row['over_dense']:.2f} of dense per pass  {counted}")
-        typer.echo(f"{'':22} peak {used / 1e6:.0f} MB, planned {planned / 1e6:.0f} MB")
     command = f"python scripts/bench_finetune.py {model.name} --batch-size {batch_size} --length {length}"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {threads} thread(s)"
     stock = round(batch_size * length / min(seconds["stock"]), 1)
@@ -102,7 +87,7 @@ def main(
 
 def recipe(name: str, batch_size: int, length: int) -> RunConfig:
     """The recipe nested without a parent, with what the variant changes; routed from the start."""
-    shared = {"batch_size": batch_size, "tokens": 1000 * batch_size * length, "uniform_share": 0.0}
+    shared: dict[str, Any] = {"batch_size": batch_size, "tokens": 1000 * batch_size * length, "uniform_share": 0.0}
     shared |= {"teacher": "self", "losses": ALONE}
     config = RunConfig(blocks=BLOCKS, finetune=replace(FinetuneConfig(), **(shared | VARIANTS[name])))
     config.data.sequence_length = length
@@ -177,22 +162,6 @@ def _seconds(step: Callable[[int], object], number: int) -> float:
     if gpu:
         torch.cuda.synchronize()
     return clock() - begun
-
-
-def measured_peak(folder: Path, config: RunConfig) -> int:
-    """Peak resident memory of this process after a few steps; with a GPU, what was allocated on it."""
-    made = trainer(folder, config)
-    for number in range(3):
-        made.step(number)
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss_bytes()
-
-
-def peak_of(name: str, model: Path, batch_size: int, length: int, threads: int) -> int:
-    """Peak memory of a variant, in a process of its own."""
-    sizes = ["--batch-size", str(batch_size), "--length", str(length), "--threads", str(threads)]
-    command = [sys.executable, __file__, str(model), *sizes, "--peak", name]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return int(json.loads(said.splitlines()[-1])["peak_bytes"])
 
 
 if __name__ == "__main__":
