@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from conftest import make_checkpoint
-from dynamic_models import SELF_TAUGHT, dynamic_model, token_ids
+from dynamic_models import dynamic_model, token_ids
 from torch import Tensor
 
+from dynaconv.arch.stock import load_dense
 from dynaconv.config import EngineConfig, FinetuneConfig, RunConfig
 from dynaconv.data.windows import Windows
 from dynaconv.dynamic.context import using
@@ -41,6 +42,7 @@ SIZES = {"hidden": 32, "ffn": 48, "layers": 2, "heads": 2, "kv_heads": 2}
 OTHERS = (("opt", "gate"), ("llama", "curve"), ("phi3", "class"))
 
 FROZEN = ("routers", "ffn")
+BF16 = ("torch", "zero2", "zero3")
 
 
 @dataclass
@@ -61,13 +63,14 @@ class Bench:
         self, folder: Path, engine: EngineConfig, ranks: Ranks, steps: int, router: str = "gate", **more: Any
     ) -> Trainer:
         settings = {"warmup_steps": 2, "uniform_share": 0.3, "clip": 0.3, "weight_decay": 0.1, "router": router, **more}
-        tuning = FinetuneConfig(batch_size=8, accumulation=2, **(SELF_TAUGHT | settings))
+        tuning = FinetuneConfig(batch_size=8, accumulation=2, **settings)
         torch.manual_seed(ranks.rank)
         network = dynamic_model(folder, router)
         choose(network, tuning.trainable)
         made = build_engine(network, RunConfig(finetune=tuning, engine=engine), ranks)
         torch.manual_seed(ranks.rank)
-        return Trainer(made, tuning, Windows(1 + torch.arange(4000, dtype=torch.int32) ** 2 % 61, 16), steps, seed=3)
+        windows = Windows(1 + torch.arange(4000, dtype=torch.int32) ** 2 % 61, 16)
+        return Trainer(made, tuning, windows, steps, seed=3, parent=load_dense(folder, ranks.device))
 
 
 def run(trainer: Trainer, start: int = 0, stop: int | None = None) -> list[dict[str, float]]:
@@ -101,6 +104,14 @@ def curves(bench: Bench) -> Iterator[tuple[str, Any]]:
         two = run(made)
         gaps = {key: max(abs(a[key] - b[key]) for a, b in zip(one, two, strict=True) if key in a) for key in one[-1]}
         yield f"curve/{name}", gaps | {"weights": furthest(weights, whole(made.engine)), "steps": len(two)}
+    fp32 = run(bench.trainer(folder, EngineConfig(), alone, FEW))
+    bf16 = run(bench.trainer(folder, EngineConfig(), alone, FEW, precision="bf16"))
+    for name in BF16:
+        two = run(bench.trainer(folder, ENGINES[name], bench.ranks, FEW, precision="bf16"))
+        gaps = [
+            max(abs(a["loss_full"] - b["loss_full"]) for a, b in zip(one, two, strict=True)) for one in (bf16, fp32)
+        ]
+        yield f"bf16/{name}", {"one rank": gaps[0], "fp32": gaps[1]}
     for family, router in OTHERS:  # networks without a gate, with both as one, and the other routers
         folder = bench.checkpoint(family)
         one, two = (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.checks import ENGINES, FEW, FROZEN, OTHERS, STEPS, Bench, furthest, run, whole
+from distributed.checks import BF16, ENGINES, FEW, FROZEN, OTHERS, STEPS, Bench, furthest, run, whole
 
 from dynaconv.config import EngineConfig
 from dynaconv.errors import ArtifactError
@@ -47,6 +47,13 @@ def test_two_ranks_reproduce_one(found: dict[str, Any], engine: str) -> None:
     assert {"loss_full", "kl_dial", "share_spent", "gradient_norm", "weights"} <= set(gaps)
     del gaps["score_deviation"]  # each rank's own, averaged
     assert {name: gap for name, gap in gaps.items() if gap > 1e-4} == {}
+
+
+@pytest.mark.parametrize("engine", BF16)
+def test_bf16_is_what_one_rank_computes_in_bf16(found: dict[str, Any], engine: str) -> None:
+    gaps = found[f"bf16/{engine}"]
+    assert gaps["one rank"] < 2e-3
+    assert 1e-6 < gaps["fp32"] < 2e-2
 
 
 @pytest.mark.parametrize("family", [family for family, _ in OTHERS])
