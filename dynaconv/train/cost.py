@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from math import prod
 
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.config import EngineConfig, FinetuneConfig, RunConfig
@@ -95,8 +94,8 @@ def finetune_estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
 
 def weights_of(tuning: FinetuneConfig, checkpoint: Checkpoint) -> Weights:
     """The model in numbers, without the routers, which are few."""
-    sizes = [prod(slot.shape) for slot in checkpoint.slots.values()]
-    within = [prod(slot.shape) for slot in checkpoint.slots.values() if slot.spec.part == "ffn"]
+    sizes = [math.prod(slot.shape) for slot in checkpoint.slots.values()]
+    within = [math.prod(slot.shape) for slot in checkpoint.slots.values() if slot.spec.part == "ffn"]
     largest = {"all": max(sizes), "ffn": max(within)}.get(tuning.trainable, 0)
     head = checkpoint.head_parameters if tuning.trainable == "all" else 0
     return Weights(checkpoint.parameters, trained(tuning, checkpoint), largest, head, checkpoint.tied)

@@ -1,8 +1,8 @@
 """One micro-batch at every dial of its step: forward passes, the losses they give, gradients accumulated.
 
 The full dial comes first, then the sampled dial, which may be taught by it. What no loss needs is not run. Counted in
-forward (f) and backward (b) passes of the model, a step costs by default 2f + 2b, twice what dense training does; a
-parent that teaches adds 1f, consistency 1f; a step at the full dial only costs 1f + 1b.
+forward (f) and backward (b) passes, a step costs by default 3f + 2b, 7/3 of what dense training does: 2f + 2b of the
+model, and 1f of the parent that teaches. Consistency adds 1f; the model's passes at the full dial only are 1f + 1b.
 
 M scored tokens of the micro-batch, V vocabulary.
 """
