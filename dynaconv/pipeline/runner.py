@@ -169,9 +169,8 @@ def _require(needed: Link, link: Link, run: Run) -> None:
     hint = f"`dynaconv {needed.name} {run.path}` first"
     where = run.path if state.record is None else run.folder(state.record)
     if state.action == STALE:
-        found = "changed (then -> now)" + "".join(f"\n    {reason}" for reason in state.reasons)
         what = f"{link.name} needs what {needed.name} makes, and that was made from something else"
-        raise StaleArtifactError(what, where=where, found=found, hint=hint)
+        raise StaleArtifactError(what, where=where, found=state.changed, hint=hint)
     what = f"{link.name} needs what {needed.name} makes"
     raise ArtifactError(what, where=where, expected=f"a finished {needed.slot}", found=state.reasons[0], hint=hint)
 

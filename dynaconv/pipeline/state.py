@@ -30,6 +30,11 @@ class State:
     record: StageRecord | None
     reasons: tuple[str, ...]
 
+    @property
+    def changed(self) -> str:
+        """The fields that changed, a line each, as errors say it."""
+        return "changed (then -> now)" + "".join(f"\n    {reason}" for reason in self.reasons)
+
 
 def judge(link: Link, run: Run | None, *, full: bool, redo: bool = False) -> State:
     """Compares what the ledger and the disk hold for ``link`` with what the recipe asks for.
@@ -84,7 +89,7 @@ def refuse(states: Sequence[State], run: Run) -> None:
             raise StaleArtifactError(
                 f"{name} was made from something else than what is asked for now",
                 where=where,
-                found="changed (then -> now)" + "".join(f"\n    {reason}" for reason in state.reasons),
+                found=state.changed,
                 hint=f"--redo {name} to make it and everything after it again; or a new run with --out",
             )
         refuse_to_lose(state, run)
@@ -104,6 +109,6 @@ def refuse_to_lose(state: State, run: Run) -> None:
         raise StaleArtifactError(
             f"{name} was interrupted, and what it had done is for something else than what is asked for now",
             where=run.path,
-            found="changed (then -> now)" + "".join(f"\n    {reason}" for reason in state.reasons),
+            found=state.changed,
             hint=f"change that back to go on; --redo {name} to begin {name} again; or a new run with --out",
         )
