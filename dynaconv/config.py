@@ -220,6 +220,7 @@ class FinetuneConfig:
         router_learning_rate: Peak for the routers.
         warmup_steps: Linear warm-up; cosine decay to zero follows.
         weight_decay: Decoupled weight decay on weight matrices.
+        betas: How much AdamW keeps, each step, of its means of gradients and of their squares.
         clip: Largest gradient norm.
         explosion: Stop when a step's loss is so many nats above the mean of the 50 before it.
         full_share: Share of the steps, drawn at random, that train the full dial only.
@@ -254,16 +255,17 @@ class FinetuneConfig:
     router_learning_rate: float = 1e-3
     warmup_steps: int = 20
     weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     clip: float = 1.0
     explosion: float = 3.0
     full_share: float = 0.0
     uniform_share: float = 0.4
-    budgets: list[float] = field(default_factory=lambda: [0.125, 0.75])
-    distribution: str = "low"
+    budgets: list[float] = field(default_factory=lambda: [0.2, 0.75])
+    distribution: str = "uniform"
     anchor: float | None = None
     anchor_after: float = 0.9
     router_rank: int = 0
-    bound: float = 3.0
+    bound: float = 2.0
     temperature: float = 1.0
     theta: float = 0.8
     precision: str = "fp32"

@@ -116,6 +116,10 @@ ALLOWED: dict[str, Allowed] = {
     "finetune.router_learning_rate": _POSITIVE,
     "finetune.warmup_steps": _whole(0),
     "finetune.weight_decay": _NOT_NEGATIVE,
+    "finetune.betas": Allowed(
+        "two numbers from 0 to less than 1, such as [0.9, 0.99]",
+        lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
+    ),
     "finetune.clip": _POSITIVE,
     "finetune.uniform_share": _SHARE,
     "finetune.budgets": Allowed(

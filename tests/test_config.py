@@ -37,6 +37,7 @@ WRONG: dict[str, list[Any]] = {
     "finetune.clip": [0.0],
     "finetune.uniform_share": [-0.1, 1.1],
     "finetune.budgets": [[0.5], [0.0, 0.5], [0.6, 0.5], [0.5, 1.5], [0.1, 0.2, 0.3]],
+    "finetune.betas": [[0.9], [0.9, 1.0], [-0.1, 0.9], [0.9, 0.99, 0.999]],
     "finetune.trainable": ["head"],
     "finetune.lora_rank": [0],
     "finetune.lora_alpha": [0.0],

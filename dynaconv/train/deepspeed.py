@@ -26,7 +26,7 @@ from dynaconv.dynamic.projections import projection
 from dynaconv.errors import ArtifactError, ConfigError
 from dynaconv.ranks import Ranks
 from dynaconv.train.deepspeed_config import deepspeed_config
-from dynaconv.train.engine import BETAS, parameter_groups
+from dynaconv.train.engine import adamw, parameter_groups
 
 TAG = "engine"
 
@@ -54,7 +54,7 @@ class DeepSpeedEngine:
             if not network.get_input_embeddings().weight.requires_grad:
                 network.enable_input_require_grads()  # or the weights of the first FFN are dropped before their turn
         groups = parameter_groups(network, config.finetune)
-        optimizer = torch.optim.AdamW(groups, lr=config.finetune.learning_rate, betas=BETAS)
+        optimizer = adamw(groups, config.finetune)
         self.peaks = [group["peak"] for group in optimizer.param_groups]
         settings = deepspeed_config(config, ranks.world)
         with _muttering():

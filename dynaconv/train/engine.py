@@ -19,7 +19,6 @@ from dynaconv.rules import uneven
 from dynaconv.train.memory_cost import PIECE
 
 STATE_FILE = "engine.safetensors"
-BETAS = (0.9, 0.95)
 
 
 class Engine(Protocol):
@@ -106,6 +105,11 @@ def parameter_groups(network: Any, config: FinetuneConfig) -> list[dict[str, Any
     ]
 
 
+def adamw(groups: list[dict[str, Any]], config: FinetuneConfig) -> torch.optim.AdamW:
+    """The optimiser of every engine, over :func:`parameter_groups`."""
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.betas[0], config.betas[1]))
+
+
 class TorchEngine:
     """Plain torch: AdamW with fp32 weights, forward passes in fp32 or under bf16 autocast; each rank has it all."""
 
@@ -115,7 +119,7 @@ class TorchEngine:
         self.model = self.network = network.to(ranks.device)
         self.device, self.ranks, self.config = ranks.device, ranks, config
         groups = parameter_groups(network, config)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=BETAS)
+        self.optimizer = adamw(groups, config)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 autocast where the recipe asks for it."""

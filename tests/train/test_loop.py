@@ -174,6 +174,6 @@ def test_dial_is_a_function_of_seed_and_step() -> None:
     draws = [draw(CONFIG, 1, step, 100) for step in range(100)]
     assert draws == [draw(CONFIG, 1, step, 100) for step in range(100)]
     assert draws != [draw(CONFIG, 2, step, 100) for step in range(100)]
-    assert all(0.125 <= one.budget <= 0.75 for one in draws)
+    assert all(0.2 <= one.budget <= 0.75 for one in draws)
     assert [one.routed for one in draws] == [False] * 25 + [True] * 75
     assert rate(0, 100, 10) == pytest.approx(0.1) and rate(99, 100, 10) < 0.001

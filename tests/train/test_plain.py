@@ -57,7 +57,7 @@ class Plain:
         self.routers, self.drift = routers, 0.0
         self.own = [p for router in routers for p in router.parameters()]
         groups = [{"params": list(self.model.parameters()), "peak": 3e-3}, {"params": self.own, "peak": 3e-3}]
-        self.optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0)
         self.neurons = self.model.config.intermediate_size // BLOCKS
 
     def score(self, layer: int, x: Tensor) -> Tensor:
@@ -137,10 +137,10 @@ def test_the_default_recipe_trains_as_it_is_written(tiny_checkpoint: Maker) -> N
 
 def test_dense_training_is_plain_training(tiny_checkpoint: Maker) -> None:
     folder, windows = tiny_checkpoint(ffn=128), Windows(torch.arange(1, 60).repeat(30).int(), 16)
-    config = replace(CONFIG, router="uniform", losses=DENSE)
+    config = replace(CONFIG, router="uniform", losses=DENSE, betas=[0.8, 0.95])
     trainer = Trainer(TorchEngine(dynamic_model(folder, "none"), config, Ranks.single("cpu")), config, windows, 4, SEED)
     model = AutoModelForCausalLM.from_pretrained(folder).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.8, 0.95), weight_decay=0.0)
     for step in range(4):
         ids = training_batch(windows, step, 4, SEED).input_ids
         loss = model(ids, labels=ids).loss
