@@ -34,7 +34,7 @@ class FakeStage(Stage):
     file_bytes: ClassVar[int] = 2000
     pause: ClassVar[float] = 0.0
 
-    def estimate(self, config: RunConfig, source: Dense) -> Estimate:
+    def estimate(self, config: RunConfig, source: Dense, parent: Dense | None = None) -> Estimate:
         return Estimate(peak_bytes=1000, disk_bytes=10, flops=5.0, notes=(Path(str(source)).name,))
 
     def run(self, context: StageContext) -> dict[str, Any]:

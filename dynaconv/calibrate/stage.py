@@ -20,17 +20,17 @@ class CalibrateStage(Stage):
     distributed = True
     sections = ("seed", "data", "calibrate")
 
-    def estimate(self, config: RunConfig, source: Dense) -> Estimate:
+    def estimate(self, config: RunConfig, source: Dense, parent: Dense | None = None) -> Estimate:
         """Parent and dynamic model side by side, and the logits of one batch."""
         from dynaconv.arch.checkpoint import Checkpoint
 
-        checkpoint = Checkpoint.open(source)
+        checkpoint, dense = Checkpoint.open(source), Checkpoint.open(parent or source)
         settings = config.calibrate
         batch = settings.batch_size * config.data.sequence_length
         logits = 3 * 4 * batch * checkpoint.sizes["vocab"]
         passes = 4 * len(settings.budgets) * settings.tokens + (len(settings.budgets) + 2) * settings.score_tokens
         return Estimate(
-            peak_bytes=2 * checkpoint.reader.total_bytes + logits,
+            peak_bytes=checkpoint.reader.total_bytes + dense.reader.total_bytes + logits,
             disk_bytes=200_000,
             flops=2.0 * checkpoint.parameters * passes,
             notes=(f"{len({*settings.budgets, 1.0})} budgets",),

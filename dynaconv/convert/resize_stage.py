@@ -75,7 +75,7 @@ class ResizeStage(Stage):
         checkpoint = Checkpoint.open(source)
         return checkpoint.imagined(self.decide(checkpoint, config, None).config)
 
-    def estimate(self, config: RunConfig, source: Dense) -> Estimate:
+    def estimate(self, config: RunConfig, source: Dense, parent: Dense | None = None) -> Estimate:
         """Shape, disk, memory and time, from the headers; the pace is measured on a piece of the source.
 
         Raises:
@@ -203,9 +203,9 @@ class SubcloneStage(ResizeStage):
             return plan_subclone(checkpoint, even_importance(checkpoint), replace(config.subclone, refit=False))
         return plan_subclone(checkpoint, Importance.open(importance, checkpoint), config.subclone)
 
-    def estimate(self, config: RunConfig, source: Dense) -> Estimate:
+    def estimate(self, config: RunConfig, source: Dense, parent: Dense | None = None) -> Estimate:
         """As its base; a shape that importance is to choose is guessed."""
-        found = super().estimate(config, source)
+        found = super().estimate(config, source, parent)
         if config.subclone.params is None:
             return found
         return replace(

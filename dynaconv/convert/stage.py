@@ -35,7 +35,7 @@ class CarveStage(Stage):
     sections = ("blocks", "carve")
     library_bytes = TORCH_BYTES
 
-    def estimate(self, config: RunConfig, source: Dense) -> Estimate:
+    def estimate(self, config: RunConfig, source: Dense, parent: Dense | None = None) -> Estimate:
         """Peak memory and disk, from the headers of the checkpoint.
 
         Raises:

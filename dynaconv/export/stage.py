@@ -24,7 +24,7 @@ class ExportStage(Stage):
     sections = ("export",)
     unfingerprinted = ("export.check",)
 
-    def estimate(self, config: RunConfig, source: Dense) -> Estimate:
+    def estimate(self, config: RunConfig, source: Dense, parent: Dense | None = None) -> Estimate:
         """A copy of the weights; two loads of them while checking."""
         from dynaconv.arch.checkpoint import Checkpoint
 

@@ -103,7 +103,7 @@ def make_plan(
         stages = stages[: config.stages.index(until) + 1]
     estimates, dense = [], cast(Dense, source)
     for stage in stages:
-        estimates.append(_attempt(errors, partial(stage.estimate, config, dense)) or Estimate())
+        estimates.append(_attempt(errors, partial(stage.estimate, config, dense, source)) or Estimate())
         dense = _attempt(errors, partial(stage.resized, config, dense)) or dense
     # The source is hashed only where there is something to compare with.
     hashed = _attempt(errors, partial(digest, source)) if run is not None and run.begun else ""

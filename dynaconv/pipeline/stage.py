@@ -108,8 +108,14 @@ class Stage(ABC):
         """Mistakes in ``config`` that this stage can see without running, one sentence each."""
         return []
 
-    def estimate(self, config: RunConfig, source: Dense) -> Estimate:
-        """Cost of running on the dense checkpoint ``source``. Reads headers and config.json only."""
+    def estimate(self, config: RunConfig, source: Dense, parent: Dense | None = None) -> Estimate:
+        """Cost of running. Reads headers and config.json only.
+
+        Args:
+            config: The resolved recipe.
+            source: The dense checkpoint that it works on, or what was carved from it.
+            parent: The one that the run began with, where a stage before has resized it.
+        """
         return Estimate()
 
     def resized(self, config: RunConfig, source: Dense) -> Dense:

@@ -24,7 +24,7 @@ class ImportanceStage(Stage):
     produces = "importance"
     sections = ("seed", "data", "importance")
 
-    def estimate(self, config: RunConfig, source: Dense) -> Estimate:
+    def estimate(self, config: RunConfig, source: Dense, parent: Dense | None = None) -> Estimate:
         """Peak memory on the CPU, disk, and FLOPs, from the headers of the checkpoint.
 
         Raises:

@@ -30,7 +30,7 @@ class ProfileStage(Stage):
     distributed = True
     sections = ("blocks", "seed", "data", "profile")
 
-    def estimate(self, config: RunConfig, source: Dense) -> Estimate:
+    def estimate(self, config: RunConfig, source: Dense, parent: Dense | None = None) -> Estimate:
         """Peak memory on the CPU, disk, and FLOPs, from the headers of the checkpoint.
 
         Raises:

@@ -6,7 +6,7 @@ D residual width, F FFN width, V vocabulary, L layers.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.config import EngineConfig, FinetuneConfig, RunConfig
@@ -78,16 +78,24 @@ def _dial_share(tuning: FinetuneConfig) -> float:
     return (1 - tuning.full_share) * (weight > 0 or labelled)
 
 
-def finetune_estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
-    """Weights in fp32, gradients, AdamW's two moments, what the engine copies, and activations of one micro-batch."""
+def finetune_estimate(config: RunConfig, checkpoint: Checkpoint, parent: Checkpoint) -> Estimate:
+    """Weights in fp32, gradients, AdamW's two moments, what the engine copies, and activations of one micro-batch.
+
+    Args:
+        config: The resolved recipe.
+        checkpoint: What is trained.
+        parent: The frozen model that may teach; it is held in the dtype that it is stored in.
+    """
     tuning, counted = config.finetune, passes(config.finetune)
-    parent = checkpoint.reader.total_bytes if needs_parent(tuning) else 0  # in the dtype that it is stored in
+    teaching = replace(counted, forward=0.0, backward=0.0, again=0.0)
+    training = replace(counted, parent=0.0)
+    flops = 6.0 * (training.dense * checkpoint.parameters + teaching.dense * parent.parameters) * tuning.tokens
     batch = f"{tuning.batch_size} x {config.data.sequence_length} tokens"
     memory = peak_bytes(config.engine, weights_of(tuning, checkpoint), graph_of(config, checkpoint))
     return Estimate(
-        peak_bytes=memory + parent + _imported(config),
+        peak_bytes=memory + needs_parent(tuning) * parent.reader.total_bytes + _imported(config),
         disk_bytes=checkpoint.reader.total_bytes,
-        flops=6.0 * counted.dense * checkpoint.parameters * tuning.tokens,
+        flops=flops,
         notes=(f"{steps(config)} steps of {batch}", f"{counted} a step", *_shared(config.engine)),
     )
 

@@ -49,12 +49,12 @@ class FinetuneStage(Stage):
                 found.append(str(error))
         return found
 
-    def estimate(self, config: RunConfig, source: Dense) -> Estimate:
-        """What training takes on one device."""
+    def estimate(self, config: RunConfig, source: Dense, parent: Dense | None = None) -> Estimate:
+        """What training takes on one device, with the parent that teaches beside it."""
         from dynaconv.arch.checkpoint import Checkpoint
         from dynaconv.train.cost import finetune_estimate
 
-        return finetune_estimate(config, Checkpoint.open(source))
+        return finetune_estimate(config, Checkpoint.open(source), Checkpoint.open(parent or source))
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Trains from the last saved state to the end, then writes the checkpoint."""

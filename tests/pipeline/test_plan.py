@@ -92,7 +92,7 @@ def test_source_and_text_that_changed_are_named(config: RunConfig, source: Path,
 
 
 def test_every_mistake_at_once(config: RunConfig, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: FakeStage, config: RunConfig, source: Path) -> None:
+    def refuse(self: FakeStage, config: RunConfig, source: Path, parent: Path) -> None:
         raise CheckpointError("unknown architecture")
 
     monkeypatch.setattr(FakeStage, "estimate", refuse)
@@ -114,7 +114,7 @@ def test_every_mistake_at_once(config: RunConfig, source: Path, monkeypatch: pyt
 def test_a_mistake_in_the_checkpoint_has_its_own_exit_code(
     config: RunConfig, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: FakeStage, config: RunConfig, source: Path) -> None:
+    def refuse(self: FakeStage, config: RunConfig, source: Path, parent: Path) -> None:
         raise CheckpointError("unknown architecture")
 
     monkeypatch.setattr(FakeStage, "estimate", refuse)

@@ -113,7 +113,7 @@ def estimate(folder: Path, **changes: Any) -> int:
     engine = changes.pop("engine", EngineConfig())
     config = RunConfig(engine=engine)
     config.finetune = replace(config.finetune, **changes)
-    return finetune_estimate(config, Checkpoint.open(folder)).peak_bytes
+    return finetune_estimate(config, Checkpoint.open(folder), Checkpoint.open(folder)).peak_bytes
 
 
 def test_a_parent_counts_in_the_dtype_it_is_stored_in(tiny_checkpoint: Maker) -> None:
