@@ -27,7 +27,7 @@ from transformers.utils import cached_file
 from dynaconv.dynamic.context import checkpoint_contexts, current_policy, using
 from dynaconv.dynamic.dial import Dial, as_dial
 from dynaconv.dynamic.ffn import DynamicFFN
-from dynaconv.dynamic.layout import LAYOUT_FILE, OPERATING_POINT_FILE, ROUTER_FILE, Layout, RouterLayout
+from dynaconv.dynamic.layout import LAYOUT_FILE, OPERATING_POINT_FILE, ROUTER_FILE, Layout
 from dynaconv.dynamic.policy import Full, Policy, Routed, Uniform
 
 DialLike = Dial | float | Sequence[Dial | float]
@@ -219,7 +219,7 @@ class DynaconvForCausalLM(PreTrainedModel):
         stock = getattr(transformers, config.architectures[0])
         loaded = stock.from_pretrained(source, *args, config=config, **kwargs)
         model, info = loaded if isinstance(loaded, tuple) else (loaded, None)
-        routers = load_file(_file(source, ROUTER_FILE, hub)) if layout.router != RouterLayout() else None
+        routers = load_file(_file(source, ROUTER_FILE, hub)) if layout.router.kind != "none" else None
         attach(model, layout, routers, stored_dial(folder))
         return model if info is None else (model, info)
 

@@ -50,7 +50,7 @@ def routed_model(folder: Path, tuning: FinetuneConfig) -> Any:
 def router_layout(tuning: FinetuneConfig, hidden_size: int) -> RouterLayout:
     """Routers of the kind that ``tuning`` trains, for a residual width of ``hidden_size``."""
     if tuning.router == "uniform":
-        return RouterLayout(bound=tuning.bound)
+        return RouterLayout()
     rank = tuning.router_rank or 64 * math.ceil(hidden_size / 16 / 64)
     return RouterLayout(tuning.router, linear=tuning.router != "gate", rank=rank, bound=tuning.bound)
 

@@ -146,3 +146,17 @@ def test_adapters_resume_exactly(tiny_checkpoint: Maker, tmp_path: Path) -> None
     Trainer(second, config, windows, 6, seed=3, drift=half.drift).run(3, lambda step, found: None)
     for name, value in whole.named_parameters():
         assert torch.equal(value, second.network.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("bound", [1.5, 3.0])
+def test_a_model_tuned_without_routers_loads_whatever_their_bound(
+    tiny_checkpoint: Maker, tmp_path: Path, bound: float
+) -> None:
+    folder, made = carved(tiny_checkpoint(), tmp_path / "carved"), tmp_path / "tuned"
+    made.mkdir()
+    config = replace(CONFIG, router="uniform", bound=bound)
+    after, engine = tuned(folder, config, steps=1)
+    write_checkpoint(engine, folder, made, shard_bytes=1 << 20)
+    assert not (made / "dynaconv.safetensors").exists()
+    with torch.no_grad():
+        assert torch.equal(load(made).eval()(token_ids()).logits, after(token_ids()).logits)
