@@ -288,7 +288,7 @@ class CalibrateConfig:
         speed_tokens: Tokens generated at batch 1 for tokens/s; ``0`` leaves speed out.
     """
 
-    budgets: list[float] = field(default_factory=lambda: [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875])
+    budgets: list[float] = field(default_factory=lambda: [0.25, 0.375, 0.5, 0.625, 0.75, 0.875])
     tokens: int = 32768
     score_tokens: int = 40960
     batch_size: int = 16

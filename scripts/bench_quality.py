@@ -42,7 +42,7 @@ from dynaconv.pipeline.runner import run_pipeline
 from dynaconv.progress import Progress
 from dynaconv.recipes import compose
 
-SHARES = (0.125, 0.25, 0.375, 0.5)
+SHARES = (0.25, 0.375, 0.5)
 PACKAGE_CHARACTERS = 60_000  # of each package, at most
 WINDOWS, LENGTH, BATCH = 160, 256, 16
 DENSE = [  # plain training likes larger steps than a dial's; of 4, 8 and 16 windows at 3e-4, 16 did best
