@@ -32,7 +32,7 @@ def draw_frontier(content: Mapping[str, Any], path: Path) -> None:
     left.set(xlabel="FLOPs a token, share of the parent's", ylabel="quality: exp(parent loss - loss)")
     left.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     left.set_title("points are labelled with the budget: the active FFN share asked for", fontsize=9)
-    left.legend(loc="lower right", frameon=False)
+    left.legend(loc="upper left", frameon=False)
     left.margins(0.06, 0.1)
     left.grid(alpha=0.25)
     _draw_widths(right, [point["width_by_layer"] for point in points], [point["budget"] for point in points])
