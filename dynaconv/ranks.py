@@ -10,10 +10,11 @@ import contextlib
 import logging
 import os
 import pickle
+import sys
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from dynaconv.errors import DynaconvError
 
@@ -145,6 +146,17 @@ def _store() -> Any:
     import torch.distributed.distributed_c10d as c10d
 
     return c10d._get_default_store()
+
+
+def leave(code: int) -> NoReturn:
+    """Ends a rank's process, which has nothing left to do, with exit ``code``.
+
+    At once: threads of gloo may still hold what they sent last, and one that lets go of it while the interpreter is
+    being taken down aborts the process (pytorch/pytorch#179291), and the launcher then ends the other ranks as well.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def started_by_launcher() -> bool:

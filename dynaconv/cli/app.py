@@ -16,6 +16,7 @@ from dynaconv.cli import convert, dial, doctor, listing, model, resize, stages
 from dynaconv.cli.output import print_error, print_note, say
 from dynaconv.cli.quiet import silence_libraries
 from dynaconv.errors import DynaconvError
+from dynaconv.ranks import leave, started_by_launcher
 from dynaconv.version import __version__
 
 INTERRUPTED = 130
@@ -77,7 +78,12 @@ app.command("doctor")(doctor.doctor)
 
 def main() -> None:
     """Entry point of the ``dynaconv`` command."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if not started_by_launcher():
+            raise
+        leave(end.code if isinstance(end.code, int) else int(end.code is not None))
 
 
 if __name__ == "__main__":

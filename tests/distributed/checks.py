@@ -24,7 +24,7 @@ from dynaconv.arch.stock import load_dense
 from dynaconv.config import EngineConfig, FinetuneConfig, RunConfig
 from dynaconv.data.windows import Windows
 from dynaconv.dynamic.context import using
-from dynaconv.ranks import Ranks
+from dynaconv.ranks import Ranks, leave
 from dynaconv.train.engine import Engine, build_engine
 from dynaconv.train.loop import Trainer
 from dynaconv.train.routing import Gated
@@ -63,7 +63,9 @@ class Bench:
         self, folder: Path, engine: EngineConfig, ranks: Ranks, steps: int, router: str = "gate", **more: Any
     ) -> Trainer:
         settings = {"warmup_steps": 2, "uniform_share": 0.3, "clip": 0.3, "weight_decay": 0.1, "router": router, **more}
-        tuning = FinetuneConfig(batch_size=8, accumulation=2, **settings)
+        # Budgets that leave no token so near its threshold that rounding alone decides on a block.
+        budgets: dict[str, Any] = {"budgets": [0.125, 0.75], "distribution": "low", "betas": [0.9, 0.95]}
+        tuning = FinetuneConfig(batch_size=8, accumulation=2, **budgets, **settings)
         torch.manual_seed(ranks.rank)
         network = dynamic_model(folder, router)
         choose(network, tuning.trainable)
@@ -168,6 +170,7 @@ def main() -> None:
     if ranks.main:
         (bench.folder / "found.json").write_text(json.dumps(found))
     ranks.close()
+    leave(0)
 
 
 if __name__ == "__main__":
