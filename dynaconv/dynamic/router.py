@@ -92,17 +92,31 @@ def solve_level(
 ) -> float:
     """The one level for all layers at which the mean active share over tokens and layers is ``budget``.
 
+    The share rises in jumps, each at the score of some token. The level lies in the middle between the jump that
+    reaches the budget and the next one, so that no token's block hangs on how its score was rounded.
+
     Args:
         router: Any layer's router; only its rule is used.
         scores: Scores of each layer, (tokens,) or (tokens, N).
         budget: Active FFN share, in (0, 1].
-        iterations: Bisection steps.
+        iterations: Bisection steps, for each of the two jumps.
         mean: Takes the mean over processes, where each has some of the tokens.
     """
-    low, high = router.level_range()
     share = torch.tensor(router.edges, dtype=torch.float64, device=scores[0].device) / router.edges[-1]
-    for _ in range(iterations):
-        middle = (low + high) / 2
-        spent = mean(torch.stack([share[router.widths(s, middle)].mean() for s in scores]).mean())
-        low, high = (middle, high) if spent.item() < budget else (low, middle)
-    return high
+
+    def spent(level: float) -> float:
+        return mean(torch.stack([share[router.widths(s, level)].mean() for s in scores]).mean()).item()
+
+    def jump(low: float, high: float, reached: Callable[[float], bool]) -> tuple[float, float]:
+        for _ in range(iterations):
+            middle = (low + high) / 2
+            low, high = (low, middle) if reached(spent(middle)) else (middle, high)
+        return low, high
+
+    bottom, top = router.level_range()
+    _, level = jump(bottom, top, lambda share: share >= budget)
+    reached = spent(level)
+    if reached >= 1:
+        return level
+    below, _ = jump(level, top, lambda share: share > reached)
+    return (level + below) / 2
