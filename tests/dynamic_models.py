@@ -22,13 +22,20 @@ ROUTERS = {
     "gate": RouterLayout("gate", linear=False, rank=8, bound=3.0),
     "curve": RouterLayout("curve", linear=True, rank=0),
     "class": RouterLayout("class", linear=True, rank=8),
+    "blocks": RouterLayout("blocks", linear=True, rank=8, bound=3.0),
     "none": RouterLayout("none"),
 }
 SELF_TAUGHT: dict[str, Any] = {  # settings of fine-tuning without a parent
     "teacher": "self",
     "losses": LossesConfig(full=LossConfig(0.5), distill=LossConfig(0.5), distill_full=LossConfig(0.0)),
 }
-LEVELS = {"gate": (0.5, 2.0, 8.0), "curve": (-1.0, 0.5, 40.0), "class": (0.3, 0.6, 1.0), "none": (1.0, 2.0, 4.0)}
+LEVELS = {
+    "gate": (0.5, 2.0, 8.0),
+    "curve": (-1.0, 0.5, 40.0),
+    "class": (0.3, 0.6, 1.0),
+    "blocks": (-0.7, 0.0, 4.0),
+    "none": (1.0, 2.0, 4.0),
+}
 
 
 def dynamic_model(folder: Path, kind: str = "gate", *, blocks: int = 4, seed: int = 1) -> Any:

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional
 from torch.nn.functional import linear
 
+PARTS = 2**22  # numbers of what blocks add, by token, block and channel, that are held at once
 FLOOR = 1e-4  # errors and weights below this are told apart by nobody, and their logarithm would rule a regression
 
 
@@ -89,6 +91,54 @@ def agreements(
         cosines[:, block] = (kept * full).sum(-1) / scale.clamp_min(torch.finfo(torch.float32).tiny)
     cosines[:, 0] = 0.0
     return Agreement(_relative(norms, size), cosines.clamp_(-1.0, 1.0))
+
+
+class Contribution(NamedTuple):
+    """What each block adds to a token's output.
+
+    Attributes:
+        norms: ``(M, N)`` float32, the norm of it.
+        errors: ``(M, N + 1)`` float32, relative error of keeping only the n blocks of the largest norms, n = 0..N.
+    """
+
+    norms: torch.Tensor
+    errors: torch.Tensor
+
+
+@torch.no_grad()
+def contributions(hidden: torch.Tensor, down: torch.Tensor, edges: Sequence[int]) -> Contribution:
+    """What each block of routed experts adds, and what is lost where only those that add most are kept.
+
+    Args:
+        hidden: ``(M, F)``.
+        down: ``(D, F)``.
+        edges: N + 1 neuron positions.
+    """
+    blocks, norms, errors = len(edges) - 1, [], []
+    for rows in torch.split(hidden, max(1, PARTS // (blocks * down.shape[0]))):
+        parts = torch.stack([_block_output(rows, down, edges, block, None).float() for block in range(blocks)], 1)
+        size = torch.linalg.vector_norm(parts, dim=-1)  # (rows, N)
+        falling = size.argsort(dim=1, descending=True, stable=True)
+        parts = parts.gather(1, falling[..., None].expand_as(parts))
+        lacking = torch.linalg.vector_norm(parts.flip(1).cumsum_(1), dim=-1).flip(1)  # without the first 0..N-1
+        norms.append(size)
+        errors.append(_relative(functional.pad(lacking, (0, 1)), lacking[:, :1]))
+    return Contribution(torch.cat(norms), torch.cat(errors))
+
+
+def log_norms(norms: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """What a closed-form ``blocks`` router predicts: the logarithm of what each block adds.
+
+    Args:
+        norms: ``(M, N)``.
+        weights: ``(M,)``, what the loss feels of the token's output (mean 1 over tokens and layers), or ``None`` for 1.
+
+    Returns:
+        ``(M, N)`` float32. Norms are cut off below at :data:`FLOOR` of the token's largest.
+    """
+    lowest = (FLOOR * norms.amax(1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
+    targets = torch.maximum(norms, lowest).log()
+    return targets if weights is None else targets + weights.clamp_min(FLOOR).log()[:, None]
 
 
 def width_by_error(errors: torch.Tensor, theta: float) -> torch.Tensor:

@@ -12,7 +12,8 @@ from dynaconv.dynamic.context import current_policy, current_trace
 from dynaconv.dynamic.layout import FFNLayout, RouterLayout
 from dynaconv.dynamic.projections import Inline, Opening, Passing, ffn_weights, inline_class, projection
 from dynaconv.dynamic.router import Router
-from dynaconv.kernels.dispatch import nested_ffn
+from dynaconv.kernels.dispatch import nested_ffn, routed_ffn
+from dynaconv.kernels.reference import bit_masks
 from dynaconv.kernels.weights import FFNWeights
 
 
@@ -24,7 +25,7 @@ class DynamicFFN(nn.Module):
     Args:
         owner: The stock FFN, or the decoder layer where the projections lie in it directly.
         layer: Index of the decoder layer.
-        edges: N + 1 neuron positions; width n uses neurons [0, edges[n]).
+        edges: N + 1 neuron positions of the blocks.
         ffn: Names of the projections.
         activation: The nonlinearity.
         router: What the router is.
@@ -93,8 +94,11 @@ class DynamicFFN(nn.Module):
             return self._project(self.names.down, self.hidden(x))
         if choice.is_floating_point() or torch.is_grad_enabled():
             return self._masked(policy, choice, x)
-        rows, widths = x.reshape(-1, x.shape[-1]), choice.reshape(-1)
-        return nested_ffn(rows, widths, self.weights(), self.edges).view_as(x)
+        rows = x.reshape(-1, x.shape[-1])
+        if choice.dtype == torch.bool:
+            masks = bit_masks(choice.reshape(-1, self.blocks))
+            return routed_ffn(rows, masks, self.weights(), self.edges).view_as(x)
+        return nested_ffn(rows, choice.reshape(-1), self.weights(), self.edges).view_as(x)
 
     def weights(self) -> FFNWeights:
         """The projections as the kernels take them."""
@@ -117,14 +121,14 @@ class DynamicFFN(nn.Module):
         if observe is not None:
             observe(self, x, h)
         on = choice
-        if not choice.is_floating_point():
+        if choice.dtype == torch.int64:
             on = choice[..., None] > torch.arange(self.blocks, device=x.device)
         return self._project(self.names.down, _multiplied(h, on.to(h.dtype), self.edges))
 
     def _widths(self, choice: Tensor | None, x: Tensor) -> Tensor:
         if choice is None:
             return torch.full(x.shape[:-1], self.blocks, dtype=torch.int64, device=x.device)
-        return (choice > 0.5).sum(-1) if choice.is_floating_point() else choice
+        return choice if choice.dtype == torch.int64 else (choice > 0.5).sum(-1)
 
 
 def _multiplied(h: Tensor, on: Tensor, edges: Sequence[int]) -> Tensor:

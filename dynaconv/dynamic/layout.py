@@ -43,10 +43,10 @@ class RouterLayout:
 
     Attributes:
         kind: ``gate`` (one wanted width), ``curve`` (log error of every width), ``class`` (logits over widths),
-            or ``none``.
+            ``blocks`` (a score for each routed block), or ``none``.
         linear: Whether there is a linear branch.
         rank: Hidden width of the Linear-SiLU-Linear branch; 0 where there is none.
-        bound: Largest say of a ``gate`` router, in blocks.
+        bound: Largest score of a ``gate`` router, in blocks, or of a ``blocks`` router.
     """
 
     kind: str = "none"
@@ -75,7 +75,8 @@ class Layout:
     """Content of ``dynaconv.json``.
 
     Attributes:
-        edges: N + 1 neuron positions; width n uses neurons [0, edges[n]).
+        edges: N + 1 neuron positions; block n is the neurons [edges[n], edges[n + 1]). Of nested experts, width n is
+            the first n blocks.
         layers: Number of decoder layers, L.
         ffn: Where the FFNs are.
         router: What the routers are.
@@ -91,6 +92,11 @@ class Layout:
     dial: DialTable | None = None
     lineage: dict[str, Any] = field(default_factory=dict)
     frontier: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def routed(self) -> bool:
+        """Whether tokens choose blocks one by one (routed experts), and not how many (nested experts)."""
+        return self.router.kind == "blocks"
 
     @property
     def blocks(self) -> int:

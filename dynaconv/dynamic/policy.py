@@ -1,4 +1,4 @@
-"""How a token's width in a layer comes of a dial.
+"""Which blocks of a layer a token uses, by the dial.
 
 B batch, T tokens, D residual width, N blocks, L layers.
 """
@@ -23,8 +23,9 @@ class Policy(Protocol):
         """What the tokens ``x`` (B, T, D) use of ``ffn``; (B * T, D) where the model flattens them.
 
         Returns:
-            ``None``: all blocks. An integer tensor (B, T): the first so many. A floating tensor (B, T, N): each block
-            times its entry, through which gradients may flow. Flat where ``x`` is.
+            ``None``: all blocks. An integer tensor (B, T): the first so many. A bool tensor (B, T, N): those blocks. A
+            floating tensor (B, T, N): each block times its entry, through which gradients may flow. Flat where ``x``
+            is.
         """
 
 
@@ -39,7 +40,7 @@ class Full:
 
 @dataclass(frozen=True)
 class Uniform:
-    """The same width for all tokens and layers."""
+    """The same number of blocks for all tokens and layers: the first, or of routed experts the most wanted (top-k)."""
 
     width: int
 
@@ -47,6 +48,8 @@ class Uniform:
         """``width`` blocks, or all where the FFN has no more."""
         if self.width >= ffn.blocks:
             return None
+        if ffn.router.kind == "blocks":
+            return ffn.router.most_wanted(ffn.router(x), self.width)
         return torch.full(x.shape[:-1], self.width, dtype=torch.int64, device=x.device)
 
 
@@ -67,7 +70,7 @@ class Static:
 
 @dataclass(frozen=True)
 class Routed:
-    """Widths from the routers at a level each.
+    """What the routers choose at a level each.
 
     Attributes:
         levels: (L,) one level a layer, or (B, L) one a layer and sequence.
@@ -85,7 +88,7 @@ class Routed:
             raise ValueError(f"{len(self.levels)} dials for a batch of {sequences} sequences: give one for each")
 
     def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor | None:
-        """The width each token's router asks for.
+        """What each token's router asks for.
 
         Raises:
             ValueError: The number of dials does not divide the batch.
@@ -95,4 +98,4 @@ class Routed:
             self.require(x.shape[0])
             level = level.repeat_interleave(x.shape[0] // level.shape[0], dim=0)
             level = level.view(-1, *(1,) * (x.dim() - 2))
-        return ffn.router.widths(ffn.router(x), level)
+        return ffn.router.choose(ffn.router(x), level)

@@ -1,6 +1,7 @@
-"""Routers: how many blocks a token wants, from the FFN's input.
+"""Routers: which blocks a token wants, from the FFN's input.
 
-All kinds share one module and one rule, "a width that never falls as the level rises", so that one dial drives all:
+All kinds share one module and one rule, "no block is lost as the level rises", so that one dial drives all. Routers of
+nested experts give a width n, which means the first n blocks:
 
 * ``gate``: one score s, bounded to +-S blocks; width = round(s + level). Trained end to end.
 * ``curve``: N predictions of log t_n, the error that a width of n blocks would make; width = argmin t_n + exp(-level)
@@ -8,6 +9,11 @@ All kinds share one module and one rule, "a width that never falls as the level 
 * ``class``: N logits over the smallest sufficient width 1..N, after DynaMoE (arXiv 2502.12325); width = the smallest
   whose cumulative probability reaches the level.
 * ``none``: no parameters and no opinion; width = round(level) for every token.
+
+Routers of routed experts choose blocks one by one:
+
+* ``blocks``: a score for each block, which is on if score + level > 0. Closed form: the logarithm of the norm of what
+  the block adds (D2DMoE, arXiv 2310.04361); or trained end to end.
 
 D residual width, N blocks.
 """
@@ -46,7 +52,11 @@ class Router(nn.Module):
                 nn.init.zeros_(start.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores of tokens ``x`` (..., D): (...) for ``gate`` and ``none``, (..., N) otherwise. Computed in fp32."""
+        """Scores of tokens ``x`` (..., D), computed in fp32.
+
+        Returns:
+            (...) for ``gate`` and ``none``, (..., N) otherwise.
+        """
         with torch.autocast(x.device.type, enabled=False):
             return self._scores(x.float())
 
@@ -58,13 +68,44 @@ class Router(nn.Module):
             raw = self.linear(x) if raw is None else raw + self.linear(x)
         if raw is None:
             return x.new_zeros(x.shape[:-1])
-        return self.bound * torch.tanh(raw.squeeze(-1) / self.bound) if self.kind == "gate" else raw
+        if self.kind == "gate":
+            raw = raw.squeeze(-1)
+        return self.bound * torch.tanh(raw / self.bound) if self.kind in ("gate", "blocks") else raw
+
+    @property
+    def features(self) -> int:
+        """Dimensions that scores have beyond those of the tokens, 0 or 1."""
+        return int(self.kind not in ("gate", "none"))
+
+    def choose(self, scores: Tensor, level: Tensor | float) -> Tensor:
+        """What tokens of these ``scores`` use at ``level`` (a number, or broadcastable to (...)).
+
+        Monotone: a higher level never takes a block away for the same scores.
+
+        Returns:
+            Widths (...) int64 in 0..N; for ``blocks`` which blocks, (..., N) bool.
+        """
+        return self.margins(scores, level) > 0 if self.kind == "blocks" else self.widths(scores, level)
+
+    def margins(self, scores: Tensor, level: Tensor | float) -> Tensor:
+        """How far each block is from being turned off, (..., N), in the unit of scores; a block is on above 0.
+
+        For ``gate`` and ``blocks``.
+        """
+        level = torch.as_tensor(level, dtype=scores.dtype, device=scores.device)
+        if self.kind == "gate":
+            return (scores + level)[..., None] - (torch.arange(self.blocks, device=scores.device) + 0.5)
+        return scores + level[..., None]
+
+    def most_wanted(self, scores: Tensor, width: int) -> Tensor:
+        """The ``width`` blocks (top-k) that tokens of these ``scores`` want most, (..., N) bool; for ``blocks``."""
+        order = scores.argsort(dim=-1, descending=True, stable=True)[..., :width]
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, True)
 
     def widths(self, scores: Tensor, level: Tensor | float) -> Tensor:
-        """Widths (...) int64 in 0..N for ``scores`` at ``level`` (a number, or broadcastable to (...)).
-
-        Monotone: a higher level never gives a smaller width for the same scores.
-        """
+        """How many blocks tokens of these ``scores`` use at ``level``, (...) int64 in 0..N; see :meth:`choose`."""
+        if self.kind == "blocks":
+            return self.choose(scores, level).sum(-1)
         level = torch.as_tensor(level, dtype=scores.dtype, device=scores.device)
         if self.kind in ("gate", "none"):
             return (scores + level - 0.5).ceil().clamp(0, self.blocks).long()
@@ -79,6 +120,8 @@ class Router(nn.Module):
         """A level at which (nearly) no block is on, and one at which all are."""
         if self.kind in ("gate", "none"):
             return -self.bound - 0.5, self.blocks + self.bound + 0.5
+        if self.kind == "blocks":
+            return -self.bound - 0.5, self.bound + 0.5
         return (-30.0, 40.0) if self.kind == "curve" else (0.0, 1.0 + 1e-6)
 
 

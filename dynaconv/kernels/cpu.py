@@ -54,9 +54,9 @@ def prefix_ffn(x: torch.Tensor, width: int, weights: FFNWeights, edges: Sequence
         ``(M, D)``, always a new tensor.
     """
     if width == 0:
-        return _no_blocks(x, weights)
+        return no_blocks(x, weights)
     stop = edges[width]
-    return linear(_neurons(x, weights, 0, stop), weights.down.narrow(1, 0, stop), weights.down_bias)
+    return linear(neurons(x, weights, 0, stop), weights.down.narrow(1, 0, stop), weights.down_bias)
 
 
 @torch.no_grad()
@@ -68,8 +68,8 @@ def capped_ffn(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, edges
     stops = [edges[width] for width in widths.tolist()]
     largest = max(stops, default=0)
     if largest == 0:
-        return _no_blocks(x, weights)
-    hidden = _neurons(x, weights, 0, largest)
+        return no_blocks(x, weights)
+    hidden = neurons(x, weights, 0, largest)
     for row, stop in enumerate(stops):
         if stop < largest:
             hidden[row, stop:].zero_()
@@ -91,7 +91,7 @@ def staircase_ffn(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, ed
     """
     steps = stairs(sorted(widths.tolist(), reverse=True), edges)
     if not steps:
-        return _no_blocks(x, weights)
+        return no_blocks(x, weights)
     shapes = _few_shapes(steps, len(x)) if x.dtype in STEP_COST else steps
     slack = step_cost(x.dtype) // x.shape[1]  # in row-neurons of one matrix product
     inner, outer = merge(shapes, slack if weights.gate is None else slack // 2), merge(shapes, slack)
@@ -101,7 +101,7 @@ def staircase_ffn(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, ed
     rows = x.index_select(0, order)
     hidden = x.new_empty(len(x), edges[-1])  # not only to the last step: the row stride is part of a product's shape
     for count, start, stop in inner:
-        _neurons(rows[:count], weights, start, stop, out=hidden[:count, start:stop])
+        neurons(rows[:count], weights, start, stop, out=hidden[:count, start:stop])
     _clear(hidden, steps, outer)
     total = _down(hidden, outer, weights)
     return torch.empty_like(total).index_copy_(0, order, total)
@@ -197,7 +197,7 @@ def _down(hidden: torch.Tensor, steps: Sequence[Step], weights: FFNWeights) -> t
     return total
 
 
-def _neurons(
+def neurons(
     x: torch.Tensor, weights: FFNWeights, start: int, stop: int, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Neurons [start, stop) of the network, into ``out`` where given: ``(M, D)`` to ``(M, stop - start)``."""
@@ -211,7 +211,7 @@ def _neurons(
     return torch.mul(weights.activation(linear(x, weights.gate.narrow(0, start, count), bias)), up, out=out)
 
 
-def _no_blocks(x: torch.Tensor, weights: FFNWeights) -> torch.Tensor:
+def no_blocks(x: torch.Tensor, weights: FFNWeights) -> torch.Tensor:
     """What the network gives with every neuron off: its down bias in each row, or zeros."""
     if weights.down_bias is None:
         return torch.zeros_like(x)

@@ -1,7 +1,9 @@
-"""Chooses how a nested FFN is computed, and says why. Ships with every exported model.
+"""Chooses how a dynamic FFN is computed, and says why. Ships with every exported model.
 
-``nested_ffn`` computes; ``decide`` tells what it would do. Measured with ``python scripts/bench_cpu.py`` (one thread of
-an AMD EPYC with AVX-512, D 2048, F 8192, 8 blocks, times as fast as the dense FFN, fp32 / bf16):
+``nested_ffn`` and ``routed_ffn`` compute; ``decide`` and ``decide_routed`` tell what they would do.
+
+Nested, measured with ``python scripts/bench_cpu.py`` (one thread of an AMD EPYC with AVX-512, D 2048, F 8192, 8 blocks,
+times as fast as the dense FFN, fp32 / bf16):
 
 * one token: 3.5 / 3.7 at share .25, 1.9 / 2.0 at .5, 1.3 / 1.3 at .75;
 * random widths, mean share .5: 1.26 / 1.03 for 8 tokens, 1.9 / 1.4 for 64, 2.0 / 1.7 for 256.
@@ -23,6 +25,7 @@ from torch.nn.functional import linear
 
 from dynaconv.kernels.cpu import CLEARED_ROWS, capped_ffn, prefix_ffn, staircase_ffn, step_cost
 from dynaconv.kernels.reference import block_ffn, hidden_neurons, width_masks
+from dynaconv.kernels.routed import grouped_ffn, grouping_pays, union_ffn
 from dynaconv.kernels.weights import FFNWeights
 
 
@@ -30,7 +33,8 @@ class Decision(NamedTuple):
     """Which kernel runs, and why.
 
     Attributes:
-        kernel: ``reference``, ``dense``, ``prefix``, ``capped`` or ``staircase``.
+        kernel: ``reference``, ``dense``, ``prefix``, ``capped`` or ``staircase``; ``union`` or ``grouped`` of blocks
+            that tokens choose one by one.
         reason: One sentence for people.
     """
 
@@ -48,6 +52,9 @@ DENSE = Decision("dense", "every token uses every block")
 PREFIX = Decision("prefix", "every token uses the same width")
 CAPPED = Decision("capped", "tokens use different widths, and to compute each one's would save less than it costs")
 STAIRCASE = Decision("staircase", "tokens use different widths")
+ONE = Decision("union", "there is one token, and its blocks are all that is read")
+UNION = Decision("union", "tokens use different blocks, and to gather each one's would save less than it costs")
+GROUPED = Decision("grouped", "tokens use different blocks")
 
 
 def nested_ffn(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, edges: Sequence[int]) -> torch.Tensor:
@@ -77,6 +84,37 @@ def nested_ffn(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, edges
 def decide(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, edges: Sequence[int]) -> Decision:
     """What :func:`nested_ffn` does with these arguments, and why."""
     return _choose(x, widths, weights, edges)[0]
+
+
+def routed_ffn(x: torch.Tensor, masks: torch.Tensor, weights: FFNWeights, edges: Sequence[int]) -> torch.Tensor:
+    """The FFN of each token restricted to its own blocks, by the fastest kernel that serves.
+
+    Args:
+        x: ``(M, D)``.
+        masks: ``(M,)`` int64 bit masks, bit n for block n.
+        weights: The network.
+        edges: N + 1 neuron positions.
+
+    Returns:
+        ``(M, D)``. With gradients where grad mode is on and ``x`` or a weight wants one.
+    """
+    kernel = decide_routed(x, masks, weights, edges).kernel
+    if kernel == "union":
+        return union_ffn(x, masks, weights, edges)
+    if kernel == "grouped":
+        return grouped_ffn(x, masks, weights, edges)
+    return block_ffn(x, masks, weights, edges)
+
+
+def decide_routed(x: torch.Tensor, masks: torch.Tensor, weights: FFNWeights, edges: Sequence[int]) -> Decision:
+    """What :func:`routed_ffn` does with these arguments, and why."""
+    if not x.is_cpu:
+        return OFF_CPU
+    if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
+        return GRADIENT
+    if x.shape[0] == 1:
+        return ONE
+    return GROUPED if grouping_pays(x, masks, edges) else UNION
 
 
 def _choose(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, edges: Sequence[int]) -> tuple[Decision, int]:

@@ -39,6 +39,11 @@ def blocks_on(masks: torch.Tensor, blocks: int) -> torch.Tensor:
     return (masks[:, None] >> torch.arange(blocks, device=masks.device)) & 1 == 1
 
 
+def bit_masks(on: torch.Tensor) -> torch.Tensor:
+    """The reverse of :func:`blocks_on`: ``(M, blocks)`` bool to ``(M,)`` int64."""
+    return (on.long() << torch.arange(on.shape[1], device=on.device)).sum(1)
+
+
 def block_ffn(x: torch.Tensor, masks: torch.Tensor, weights: FFNWeights, edges: Sequence[int]) -> torch.Tensor:
     """The FFN of each token restricted to the token's own blocks. Differentiable in ``x`` and the weights.
 

@@ -1,5 +1,6 @@
 """Curves equal their definition computed the slow way, and the labels follow from them."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -7,10 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dynaconv.dynamic import curves
 from dynaconv.dynamic.curves import (
     FLOOR,
     agreements,
+    contributions,
     log_errors,
+    log_norms,
     relative_errors,
     width_by_cosine,
     width_by_error,
@@ -51,6 +55,35 @@ def test_curves_equal_their_definition(case) -> None:
     torch.testing.assert_close(both.errors.double(), errors, **bound)
     torch.testing.assert_close(both.cosines[:, -1], torch.ones(len(hidden)))
     torch.testing.assert_close(both.cosines.double(), cosines, rtol=1e-3, atol=1e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.integers(1, 400))
+def test_contributions_equal_their_definition(case, parts) -> None:
+    hidden, down, edges, _ = case
+    parts_before, curves.PARTS = curves.PARTS, parts  # tokens are taken in pieces
+    try:
+        found = contributions(hidden, down, edges)
+    finally:
+        curves.PARTS = parts_before
+    blocks = [hidden[:, a:b].double() @ down[:, a:b].double().T for a, b in pairwise(edges)]
+    added = torch.stack(blocks, 1)
+    torch.testing.assert_close(found.norms.double(), added.norm(dim=-1), rtol=1e-4, atol=1e-4)
+    full = added.sum(1)
+    for token, (order, output) in enumerate(zip(added.norm(dim=-1).argsort(descending=True), full, strict=True)):
+        for n in range(len(edges)):
+            error = float((added[token, order[:n]].sum(0) - output).norm() / output.norm())
+            assert float(found.errors[token, n]) == pytest.approx(error, rel=1e-3, abs=1e-3 * max(1, error))
+
+
+def test_what_a_blocks_router_predicts() -> None:
+    norms = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    targets = log_norms(norms)
+    torch.testing.assert_close(targets[0, :2], norms[0, :2].log())
+    assert float(targets[0, 2]) == pytest.approx(math.log(2 * FLOOR))
+    assert bool(targets.isfinite().all())
+    weighted = log_norms(norms, torch.tensor([3.0, 1.0]))
+    torch.testing.assert_close(weighted[0] - targets[0], torch.full((3,), math.log(3.0)))
 
 
 @settings(max_examples=30, deadline=None)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import dynaconv
 from dynaconv import Dial
 from dynaconv.dynamic.context import recording
-from dynaconv.kernels.reference import block_ffn, width_masks
+from dynaconv.kernels.reference import bit_masks, block_ffn, width_masks
 
 Maker = Callable[..., Path]
 
@@ -27,7 +27,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", ["gate", "curve", "class", "none"])
+@pytest.mark.parametrize("kind", ["gate", "curve", "class", "blocks", "none"])
 def test_full_dial_is_the_parent(tiny_checkpoint: Maker, family: str, kind: str) -> None:
     folder = tiny_checkpoint(family, tied=kind == "gate", ffn=67 if kind == "class" else 96)
     parent, ids = AutoModelForCausalLM.from_pretrained(folder).eval(), token_ids()
@@ -61,8 +61,27 @@ def test_every_ffn_is_the_reference_at_its_widths(tiny_checkpoint: Maker, family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_training_and_inference_paths_agree(tiny_checkpoint: Maker, family: str) -> None:
-    model, ids = dynamic_model(tiny_checkpoint(family)), token_ids(3, 16)
+def test_every_ffn_is_the_reference_on_the_blocks_its_router_wants(tiny_checkpoint: Maker, family: str) -> None:
+    model = dynamic_model(tiny_checkpoint(family), "blocks", blocks=6)
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    for ffn in model.ffns():
+        ffn.register_forward_hook(lambda m, args, out: seen.update({m.layer: (args[0], out)}))
+    for dial in (0.5, Dial.uniform(2)):
+        with torch.no_grad(), recording() as trace:
+            model(token_ids(4, 20), dial=dial)
+        for ffn in model.ffns():
+            x, out = (one.flatten(0, -2) for one in seen[ffn.layer])
+            scores = ffn.router(x)
+            on = scores > 0 if dial == 0.5 else scores >= scores.topk(2, dim=-1).values[:, -1:]
+            assert close(out, block_ffn(x, bit_masks(on), ffn.weights(), ffn.edges))
+            assert torch.equal(trace.widths[ffn.layer][0].flatten(), on.sum(-1))
+            assert len(bit_masks(on).unique()) > 3, "the test's routers should not agree on everything"
+
+
+@pytest.mark.parametrize("kind", ["gate", "blocks"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_and_inference_paths_agree(tiny_checkpoint: Maker, family: str, kind: str) -> None:
+    model, ids = dynamic_model(tiny_checkpoint(family), kind), token_ids(3, 16)
     with_gradient = model(ids, dial=0.5).logits
     with torch.no_grad():
         assert close(model(ids, dial=0.5).logits, with_gradient.detach())
@@ -105,9 +124,10 @@ def test_what_stands_around_an_ungated_ffn_stays(tiny_checkpoint: Maker, family:
         assert torch.equal(model(ids, dial=1.0).logits, expected)
 
 
+@pytest.mark.parametrize("kind", ["gate", "blocks"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generation_with_cache_equals_generation_without(tiny_checkpoint: Maker, family: str) -> None:
-    model, ids = dynamic_model(tiny_checkpoint(family)), token_ids(2, 7)
+def test_generation_with_cache_equals_generation_without(tiny_checkpoint: Maker, family: str, kind: str) -> None:
+    model, ids = dynamic_model(tiny_checkpoint(family), kind), token_ids(2, 7)
     settings: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     cached = model.generate(ids, dial=0.5, **settings)
     plain = model.generate(ids, dial=0.5, use_cache=False, **settings)
@@ -118,9 +138,10 @@ def test_generation_with_cache_equals_generation_without(tiny_checkpoint: Maker,
     assert torch.equal(logits[:, 6:-1].argmax(-1), cached[:, 7:])
 
 
+@pytest.mark.parametrize("kind", ["gate", "blocks"])
 @pytest.mark.parametrize("family", ["llama", "opt"])  # OPT flattens the batch
-def test_one_dial_a_sequence(tiny_checkpoint: Maker, family: str) -> None:
-    model, ids = dynamic_model(tiny_checkpoint(family)), token_ids(3, 10)
+def test_one_dial_a_sequence(tiny_checkpoint: Maker, family: str, kind: str) -> None:
+    model, ids = dynamic_model(tiny_checkpoint(family), kind), token_ids(3, 10)
     dials = [0.25, 1.0, 0.5]
     settings: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     together = model.generate(ids, dial=dials, **settings)

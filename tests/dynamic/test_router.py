@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dynaconv.dynamic.router import Router, solve_level
 
 EDGES = (0, 3, 7, 8, 16, 20)
-KINDS = ("gate", "curve", "class")
+KINDS = ("gate", "curve", "class", "blocks")
 
 
 def router(kind: str, seed: int) -> Router:
@@ -66,6 +66,31 @@ def test_solved_level_spends_the_budget(kind: str, budget: float) -> None:
     share = torch.tensor(EDGES) / EDGES[-1]
     spent = sum(float(share[made.widths(s, level)].mean()) for made, s in zip(routers, scores, strict=True)) / 3
     assert spent == pytest.approx(budget, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["gate", "blocks"])
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 1000), budget=st.floats(0.1, 0.95))
+def test_no_block_hangs_on_how_a_score_was_rounded(kind: str, seed: int, budget: float) -> None:
+    made = router(kind, seed)
+    scores = made(torch.randn(300, 6)).detach()
+    level = solve_level(made, [scores], budget)
+    margins = made.margins(scores, level).flatten()  # a block goes on or off where its margin is 0
+    last_on, first_off = float(margins[margins > 0].min()), float(-margins[margins <= 0].max())
+    assert last_on == pytest.approx(first_off, abs=2e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 1000), parts=st.tuples(st.floats(0, 1), st.floats(0, 1)), width=st.integers(0, 4))
+def test_no_block_is_lost_as_the_dial_rises(seed: int, parts: tuple[float, float], width: int) -> None:
+    made = router("blocks", seed)
+    scores, (bottom, top) = made(torch.randn(50, 6)).detach(), made.level_range()
+    low, high = (bottom + part * (top - bottom) for part in sorted(parts))
+    assert not bool((made.choose(scores, low) & ~made.choose(scores, high)).any())
+    fewer, more = made.most_wanted(scores, width), made.most_wanted(scores, width + 1)
+    assert bool((fewer.sum(-1) == width).all()) and not bool((fewer & ~more).any())
+    for row, on in zip(scores, fewer, strict=True):
+        assert width == 0 or float(row[on].min()) >= float(row[~on].max())
 
 
 def test_gate_scores_are_bounded_and_start_silent() -> None:

@@ -1,0 +1,90 @@
+"""Inference on a CPU where each token has blocks of its own choice. Ships with every exported model.
+
+Weights are used where they lie: a block is a slice of the rows of gate and up and of the columns of down. Both kernels
+read no block that no token uses, and differ in what they compute of the others:
+
+* ``union_ffn``: every token gets every block that some token uses, then what a token did not ask for is put to zero.
+  For one token that is exactly its own blocks; for a few, arithmetic in vain is cheaper than further steps.
+* ``grouped_ffn``: block by block, on the tokens that use it, gathered; results are added up where they belong.
+
+They are for inference; ``reference`` is for training.
+
+Shapes: M tokens, D residual width, F neurons, N blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from itertools import groupby
+from operator import or_
+
+import torch
+from torch.nn.functional import linear
+
+from dynaconv.kernels.cpu import neurons, no_blocks, step_cost
+from dynaconv.kernels.reference import blocks_on
+from dynaconv.kernels.weights import FFNWeights
+
+
+@torch.no_grad()
+def union_ffn(x: torch.Tensor, masks: torch.Tensor, weights: FFNWeights, edges: Sequence[int]) -> torch.Tensor:
+    """The FFN of each token restricted to its own blocks, computed on all that any of them uses.
+
+    Args:
+        x: ``(M, D)``.
+        masks: ``(M,)`` int64 bit masks, bit n for block n.
+        weights: The network.
+        edges: N + 1 neuron positions.
+
+    Returns:
+        ``(M, D)``, always a new tensor. Nothing is recorded for gradients.
+    """
+    union, off = reduce(or_, masks.tolist(), 0), None
+    if len(x) > 1:
+        off = ~blocks_on(masks, len(edges) - 1)
+    total: torch.Tensor | None = None
+    for first, end in runs(union, len(edges) - 1):
+        start, stop = edges[first], edges[end]
+        hidden = neurons(x, weights, start, stop)
+        if off is not None:
+            for block in range(first, end):
+                hidden[:, edges[block] - start : edges[block + 1] - start].masked_fill_(off[:, block, None], 0)
+        down = weights.down.narrow(1, start, stop - start)
+        total = linear(hidden, down, weights.down_bias) if total is None else total.addmm_(hidden, down.t())
+    return no_blocks(x, weights) if total is None else total
+
+
+@torch.no_grad()
+def grouped_ffn(x: torch.Tensor, masks: torch.Tensor, weights: FFNWeights, edges: Sequence[int]) -> torch.Tensor:
+    """The FFN of each token restricted to its own blocks, each block computed for the tokens that use it.
+
+    Arguments and result as :func:`union_ffn`, which does more arithmetic in fewer steps.
+    """
+    on, total = blocks_on(masks, len(edges) - 1), no_blocks(x, weights)
+    for block, count in enumerate(on.sum(0).tolist()):
+        start, stop = edges[block], edges[block + 1]
+        down = weights.down.narrow(1, start, stop - start)
+        if count == len(x):
+            total.addmm_(neurons(x, weights, start, stop), down.t())
+        elif count:
+            rows = on[:, block].nonzero()[:, 0]
+            hidden = neurons(x.index_select(0, rows), weights, start, stop)
+            total.index_add_(0, rows, linear(hidden, down))
+    return total
+
+
+def grouping_pays(x: torch.Tensor, masks: torch.Tensor, edges: Sequence[int]) -> bool:
+    """Whether :func:`grouped_ffn` saves more multiply-adds than its further steps cost."""
+    counts = blocks_on(masks, len(edges) - 1).sum(0).tolist()
+    union = [(block, count) for block, count in enumerate(counts) if count]
+    in_vain = sum((edges[block + 1] - edges[block]) * (len(x) - count) for block, count in union)
+    return in_vain * x.shape[1] > len(union) * step_cost(x.dtype)
+
+
+def runs(mask: int, blocks: int) -> Iterator[tuple[int, int]]:
+    """First block and the one behind the last of every run of set bits of ``mask``, a block a bit, in order."""
+    for used, members in groupby(range(blocks), key=lambda block: mask >> block & 1):
+        if used:
+            run = list(members)
+            yield run[0], run[-1] + 1
