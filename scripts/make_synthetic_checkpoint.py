@@ -121,6 +121,7 @@ def write_statistics(folder: Path, checkpoint: Checkpoint, blocks: int, seed: in
         blocks=blocks,
         edges=edges,
         loss=10.0,
+        experts="nested",
         order="importance",
         loss_aware=False,
         data="synthetic",

@@ -13,11 +13,13 @@ from dynaconv.artifacts.files import write_json
 from dynaconv.artifacts.tensors import write_tensors
 
 
-def fake_statistics(folder: Path, source: Path, *, blocks: int = 4, seed: int = 0, tokens: int = 200) -> Path:
+def fake_statistics(
+    folder: Path, source: Path, *, blocks: int = 4, experts: str = "nested", seed: int = 0, tokens: int = 200
+) -> Path:
     """Writes ``statistics.json`` and ``statistics.safetensors`` for the checkpoint at ``source``; random importance."""
     checkpoint = Checkpoint.open(source)
     neurons, width = checkpoint.sizes["ffn"], checkpoint.sizes["residual"]
-    edges = block_edges(neurons, blocks)
+    edges = block_edges(neurons, blocks, experts)
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for layer in range(checkpoint.layers):
@@ -43,6 +45,7 @@ def fake_statistics(folder: Path, source: Path, *, blocks: int = 4, seed: int = 
         "layers": checkpoint.layers,
         "blocks": blocks,
         "edges": list(edges),
+        "experts": experts,
         "order": "importance",
         "loss": 5.5,
         "loss_aware": False,

@@ -38,18 +38,18 @@ class Measured:
     reader: CheckpointReader
 
     @classmethod
-    def open(cls, folder: Path, checkpoint: Checkpoint, blocks: int) -> Measured:
-        """Opens the statistics in ``folder``, which must be of ``checkpoint`` cut into ``blocks``.
+    def open(cls, folder: Path, checkpoint: Checkpoint, blocks: int, experts: str = "nested") -> Measured:
+        """Opens the statistics in ``folder``, which must be of ``checkpoint`` cut into ``blocks`` for such ``experts``.
 
         Raises:
             ArtifactError: A file is missing or damaged.
-            StaleArtifactError: They describe another number of blocks, layers or neurons.
+            StaleArtifactError: They describe other experts, or another number of blocks, layers or neurons.
         """
         summary = read_json(folder / SUMMARY_FILE)
-        edges = block_edges(checkpoint.sizes["ffn"], blocks)
+        edges = block_edges(checkpoint.sizes["ffn"], blocks, experts)
         require_same(
             summary,
-            {"blocks": blocks, "layers": checkpoint.layers, "edges": list(edges)},
+            {"experts": experts, "blocks": blocks, "layers": checkpoint.layers, "edges": list(edges)},
             folder / SUMMARY_FILE,
             what="the statistics were measured on something else than what is to be carved",
             hint="run profile again for these blocks: --redo profile",
@@ -80,6 +80,11 @@ class Measured:
     def sums(self, layer: int) -> tuple[Tensor, Tensor]:
         """``feature_gram`` (D + 1, D + 1) and ``feature_target`` (D + 1, N), as :func:`solve_ridge` takes them."""
         return self.reader.read(f"layers.{layer}.feature_gram"), self.reader.read(f"layers.{layer}.feature_target")
+
+    def mean_target(self, layer: int) -> float:
+        """Mean of what is regressed, over tokens and blocks."""
+        gram, target = self.sums(layer)
+        return float((target[-1].double() / gram[-1, -1].double()).mean())
 
 
 def require_same(summary: Any, expected: Mapping[str, Any], where: Path, *, what: str, hint: str) -> None:

@@ -25,6 +25,9 @@ from dynaconv.convert.ridge import ridge_peak_bytes, solve_ridge
 from dynaconv.dynamic.layout import ROUTER_FILE, FFNLayout, Layout, RouterLayout
 from dynaconv.pipeline.stage import TORCH_BYTES, Dense, Estimate, Stage, StageContext
 
+ROUTERS = {"nested": "curve", "routed": "blocks"}  # kinds that have a closed form
+SCORE_BOUND = 3.0  # nats; of scores of single blocks
+
 
 class CarveStage(Stage):
     """Dense checkpoint and statistics in, dynamic checkpoint out. Exact at full dial; nothing is trained."""
@@ -32,7 +35,7 @@ class CarveStage(Stage):
     name = "carve"
     consumes = ("dense", "statistics")
     produces = "dynamic"
-    sections = ("blocks", "carve")
+    sections = ("experts", "blocks", "carve")
     library_bytes = TORCH_BYTES
 
     def estimate(self, config: RunConfig, source: Dense, parent: Dense | None = None) -> Estimate:
@@ -43,7 +46,7 @@ class CarveStage(Stage):
             ConfigError: ``blocks`` does not fit its FFNs.
         """
         checkpoint = Checkpoint.open(source)
-        edges = block_edges(checkpoint.sizes["ffn"], config.blocks)
+        edges = block_edges(checkpoint.sizes["ffn"], config.blocks, config.experts)
         residual, layers = checkpoint.sizes["residual"], checkpoint.layers
         routers = 4 * layers * config.blocks * (residual + 1)
         orders = 8 * layers * checkpoint.sizes["ffn"]
@@ -68,7 +71,8 @@ class CarveStage(Stage):
             ArtifactError: The statistics are damaged, or the folder cannot be written.
         """
         checkpoint = Checkpoint.open(context.inputs["dense"])
-        measured = Measured.open(context.inputs["statistics"], checkpoint, context.config.blocks)
+        config = context.config
+        measured = Measured.open(context.inputs["statistics"], checkpoint, config.blocks, config.experts)
         orders = {layer: measured.order(layer) for layer in range(checkpoint.layers)}
         routers = _solve_routers(measured, context)
         _stream_weights(checkpoint, orders, context)
@@ -77,17 +81,22 @@ class CarveStage(Stage):
             copy_side_files(checkpoint.folder, context.folder)
             write_tensors(context.folder / ROUTER_FILE, routers)
             ffn = FFNLayout(**asdict(checkpoint.family.ffn))
-            router = RouterLayout(kind=context.config.carve.router, linear=True, rank=0)
+            router = RouterLayout(kind=ROUTERS[config.experts], linear=True, bound=SCORE_BOUND)
             Layout(measured.edges, checkpoint.layers, ffn, router).save(context.folder)
         return _metrics(measured, orders)
 
 
 def _solve_routers(measured: Measured, context: StageContext) -> dict[str, Tensor]:
-    """Weights (N, D) and biases (N,) of every layer's router, fp32, by the names dynaconv.safetensors uses."""
+    """Weights (N, D) and biases (N,) of every layer's router, fp32, by the names dynaconv.safetensors uses.
+
+    Scores of routed experts are taken relative to their mean in the layer, since norms of layers do not compare.
+    """
     routers: dict[str, Tensor] = {}
     with context.progress.task("routers", total=measured.layers, unit="layers") as task:
         for layer in range(measured.layers):
             weight, bias = solve_ridge(*measured.sums(layer), context.config.carve.ridge)
+            if context.config.experts == "routed":
+                bias -= measured.mean_target(layer)
             routers[f"layers.{layer}.router.linear.weight"] = weight.float()
             routers[f"layers.{layer}.router.linear.bias"] = bias.float()
             task.advance(1)

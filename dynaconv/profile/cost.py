@@ -9,7 +9,9 @@ from dynaconv.arch.blocks import block_edges
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.artifacts.files import size_text
 from dynaconv.config import RunConfig
+from dynaconv.dynamic.curves import PARTS
 from dynaconv.pipeline.stage import Estimate
+from dynaconv.profile.accumulators import SKETCH
 from dynaconv.profile.loss_aware import TOKENS as BACKWARD_TOKENS
 from dynaconv.profile.statistics import layout_bytes, tensor_layout
 from dynaconv.profile.streaming import HEAD_BYTES, PIECE, READ_BYTES
@@ -25,19 +27,21 @@ def profile_estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
         ConfigError: ``blocks`` does not fit its FFNs.
     """
     sizes, layers, tokens = checkpoint.sizes, checkpoint.layers, config.profile.tokens
-    edges = block_edges(sizes["ffn"], config.blocks)
+    edges = block_edges(sizes["ffn"], config.blocks, config.experts)
     curve_tokens = round(config.profile.curve_share * tokens)
     states = WORD * sizes["residual"] * tokens
     batch = _batch_bytes(checkpoint, config.profile.batch_size * config.data.sequence_length)
     phases = {
         "embedding": embedding_bytes(checkpoint, tokens) + states,
-        "layer": states + batch + _layer_bytes(checkpoint, curve_tokens),
+        "layer": states + batch + _layer_bytes(checkpoint, curve_tokens) + _cluster_bytes(config, checkpoint),
         "head": head_bytes(checkpoint) + states + _kept_bytes(config, checkpoint),
     }
     ffn, attention = checkpoint.ffn_parameters, checkpoint.attention_parameters
     forward = 2.0 * (layers * (ffn + attention) + checkpoint.head_parameters)
     again = 2.0 * layers * (ffn + (sizes["residual"] + 1) ** 2)  # the FFN of pass B, and the second moments
     flops = tokens * forward + curve_tokens * again
+    if config.experts == "routed":
+        flops += 2.0 * layers * tokens * sizes["ffn"] * SKETCH
     if config.profile.loss_aware:
         phases["backward pass"] = WORD * checkpoint.parameters + _backward_bytes(config, checkpoint)
         flops += 2 * curve_tokens * forward  # forward, and the half of a backward pass that reaches activations
@@ -95,6 +99,14 @@ def _layer_bytes(checkpoint: Checkpoint, curve_tokens: int) -> int:
     residual = checkpoint.sizes["residual"]
     weights = 2 * checkpoint.ffn_parameters + checkpoint.attention_parameters
     return WORD * (weights + curve_tokens * residual + 2 * (residual + 1) ** 2)
+
+
+def _cluster_bytes(config: RunConfig, checkpoint: Checkpoint) -> int:
+    """Where experts are routed: the sketch, its rows normalised and their similarities twice, or what blocks add."""
+    if config.experts != "routed":
+        return 0
+    neurons = checkpoint.sizes["ffn"]
+    return WORD * (neurons * (2 * SKETCH + 2 * config.blocks) + 4 * PARTS)
 
 
 def _backward_bytes(config: RunConfig, checkpoint: Checkpoint) -> int:

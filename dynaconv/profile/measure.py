@@ -1,8 +1,8 @@
 """What is measured of one layer: how much each neuron matters, and how much output each width loses.
 
-Pass A runs the layer over all batches and gathers mean |activation|; that fixes the order of the neurons. Pass B
-recomputes only the FFN, neurons in that order, from its kept inputs on a share of the tokens, and gathers difficulty
-curves and what a closed-form router needs.
+Pass A runs the layer over all batches and gathers mean |activation|, and for routed experts which neurons are active
+together; that fixes the order of the neurons. Pass B recomputes only the FFN, neurons in that order, from its kept
+inputs on a share of the tokens, and gathers difficulty curves and what a closed-form router needs.
 
 Errors are relative to the output of the down projection without its bias. In families that normalise the FFN's output
 before adding it (Gemma 2 and 3, OLMo 2) that is before the norm.
@@ -12,6 +12,7 @@ M tokens, B batch, T tokens in a window, D residual width, F FFN width, N blocks
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +22,13 @@ from torch import Tensor, nn
 
 from dynaconv.arch.spec import FFNSpec
 from dynaconv.data.windows import Batch
-from dynaconv.dynamic.curves import log_errors, relative_errors
+from dynaconv.dynamic.curves import contributions, log_errors, log_norms, relative_errors
 from dynaconv.dynamic.projections import ffn_weights
 from dynaconv.kernels.reference import hidden_neurons
 from dynaconv.kernels.weights import FFNWeights
-from dynaconv.profile.accumulators import ActivationMean, CurveStatistics, RidgeStatistics
+from dynaconv.profile.accumulators import SKETCH, ActivationMean, Coactivation, CurveStatistics, RidgeStatistics
 from dynaconv.profile.calibration import own_rows
+from dynaconv.profile.clusters import expert_order
 from dynaconv.profile.streaming import LayerStream, predicting
 from dynaconv.ranks import Ranks
 
@@ -119,6 +121,7 @@ def measure_layer(
     *,
     order: str,
     edges: Sequence[int],
+    experts: str = "nested",
     weights: Tensor | None = None,
     finished: Callable[[Batch], None] = lambda batch: None,
     ranks: Ranks | None = None,
@@ -130,8 +133,9 @@ def measure_layer(
         index: Which layer.
         hidden: For each batch, the layer's input (B, T, D); replaced by its output.
         sample: Which tokens.
-        order: ``importance`` or ``none``.
+        order: ``importance`` or ``none``, of nested experts.
         edges: N + 1 neuron positions.
+        experts: ``nested``, or ``routed``, whose neurons are clustered and of which single blocks are measured.
         weights: ``(curve tokens,)``, what the loss feels of an error of each token in this layer, or ``None``.
         finished: Called after each batch.
         ranks: The processes that each measure some of the batches; alone by default.
@@ -143,15 +147,21 @@ def measure_layer(
     spec = stream.checkpoint.family.ffn
     with stream.layer(index) as layer:
         ffn = stream.ffn(layer)
-        activation, kept = _run(stream, index, layer, hidden, sample, finished)
-        if ranks is not None:
-            activation.gather(ranks)
-        mean = activation.mean()
         stock = ffn_weights(ffn, spec.gate, spec.up, spec.down, stream.activation)
-        importance = mean * torch.linalg.vector_norm(stock.down, dim=0, dtype=torch.float32)
-        ranked = ranking(importance, order)
+        sizes = torch.linalg.vector_norm(stock.down, dim=0, dtype=torch.float32)
+        seen = _run(stream, index, layer, hidden, sample, sizes, experts == "routed", finished)
+        if ranks is not None:
+            seen.activation.gather(ranks)
+            if seen.sketch is not None:
+                seen.sketch.gather(ranks)
+        mean = seen.activation.mean()
+        importance = mean * sizes
+        if seen.sketch is None:
+            ranked = ranking(importance, order)
+        else:
+            ranked = expert_order(seen.sketch.features(), importance, len(edges) - 1).to(stream.device)
         ordered = ordered_weights(stock, ranked)
-        curves, ridge = measure_curves(kept, ordered, edges, weights)
+        curves, ridge = measure_curves(seen.inputs, ordered, edges, experts, weights)
         if ranks is not None:
             curves, ridge = curves.gather(ranks), ridge.gather(ranks)
     measured = {
@@ -167,7 +177,11 @@ def measure_layer(
 
 
 def measure_curves(
-    inputs: Sequence[Tensor], ordered: FFNWeights, edges: Sequence[int], weights: Tensor | None = None
+    inputs: Sequence[Tensor],
+    ordered: FFNWeights,
+    edges: Sequence[int],
+    experts: str = "nested",
+    weights: Tensor | None = None,
 ) -> tuple[CurveStatistics, RidgeStatistics]:
     """Pass B: curves and regression statistics of FFN ``inputs`` (M, D) under weights whose neurons are in order.
 
@@ -175,16 +189,24 @@ def measure_curves(
         inputs: Pieces, in the order of ``weights``.
         ordered: The FFN.
         edges: N + 1 neuron positions.
+        experts: ``nested``: curves are those of prefixes, and what is regressed. ``routed``: curves are those of each
+            token's best blocks, and what is regressed is what every block adds.
         weights: ``(tokens of all pieces,)`` or ``None``.
     """
     blocks, width, device = len(edges) - 1, ordered.up.shape[1], ordered.up.device
     curves, ridge = CurveStatistics(blocks, device), RidgeStatistics(width, blocks, device)
     start = 0
     for x in (rows for piece in inputs for rows in torch.split(piece, ROWS)):
-        errors = relative_errors(hidden_neurons(x, ordered), ordered.down, edges)
+        h = hidden_neurons(x, ordered)
         felt = None if weights is None else weights[start : start + len(x)].to(device)
+        if experts == "routed":
+            norms, errors = contributions(h, ordered.down, edges)
+            targets = log_norms(norms, felt)
+        else:
+            errors = relative_errors(h, ordered.down, edges)
+            targets = log_errors(errors, felt)
         curves.add(errors)
-        ridge.add(x, log_errors(errors, felt))
+        ridge.add(x, targets)
         start += len(x)
     return curves, ridge
 
@@ -210,25 +232,54 @@ def ordered_weights(stock: FFNWeights, order: Tensor) -> FFNWeights:
     )
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What pass A leaves.
+
+    Attributes:
+        activation: Mean |activation|.
+        sketch: Which neurons matter to the same tokens, where experts are to be clustered.
+        inputs: The FFN's input (M, D) at the curve tokens of each batch.
+    """
+
+    activation: ActivationMean
+    sketch: Coactivation | None
+    inputs: list[Tensor]
+
+
 def _run(
     stream: LayerStream,
     index: int,
     layer: nn.Module,
     hidden: list[Tensor],
     sample: Sample,
+    sizes: Tensor,
+    clustered: bool,
     finished: Callable[[Batch], None],
-) -> tuple[ActivationMean, list[Tensor]]:
-    """Pass A: mean |activation|, and the FFN's input (M, D) at the curve tokens of each batch."""
-    activation, kept = None, []
+) -> Seen:
+    """Pass A over neurons whose down columns have norms ``sizes``."""
+    activation, kept = ActivationMean(len(sizes), stream.device), list[Tensor]()
+    sketch = Coactivation(len(sizes), device=stream.device) if clustered else None
     with Tap.on(stream.ffn(layer), stream.checkpoint.family.ffn) as tap:
         for i, (batch, mask) in enumerate(zip(sample.batches, sample.curve_masks, strict=True)):
             hidden[i] = stream.advance(index, layer, hidden[i], batch)
-            activation = activation or ActivationMean(tap.hidden.shape[-1], stream.device)
             real = batch.attention_mask
-            activation.add(tap.hidden if real is None else tap.hidden[real.flatten().to(stream.device)])
+            active = tap.hidden if real is None else tap.hidden[real.flatten().to(stream.device)]
+            activation.add(active)
+            if sketch is not None:
+                sketch.add(active, sizes, random_signs(batch))
             if bool(mask.any()):
                 kept.append(tap.x[mask.flatten().to(stream.device)])
-            del tap.x, tap.hidden  # or they would stand in memory beside the next batch's
+            del tap.x, tap.hidden, active  # or they would stand in memory beside the next batch's
             finished(batch)
-    assert activation is not None
-    return activation, kept
+    return Seen(activation, sketch, kept)
+
+
+def random_signs(batch: Batch, size: int = SKETCH) -> Tensor:
+    """(M, S) of -1 and 1 for the real tokens, drawn by each window's own: who computes which window does not matter."""
+    drawn = []
+    for row, window in enumerate(batch.input_ids.cpu()):
+        ids = window if batch.attention_mask is None else window[batch.attention_mask[row].cpu()]
+        generator = torch.Generator().manual_seed(zlib.crc32(ids.numpy().tobytes()))
+        drawn.append(torch.randint(0, 2, (len(ids), size), generator=generator, dtype=torch.int8) * 2 - 1)
+    return torch.cat(drawn)

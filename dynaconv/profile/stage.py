@@ -28,7 +28,7 @@ class ProfileStage(Stage):
     consumes = ("dense",)
     produces = "statistics"
     distributed = True
-    sections = ("blocks", "seed", "data", "profile")
+    sections = ("experts", "blocks", "seed", "data", "profile")
 
     def estimate(self, config: RunConfig, source: Dense, parent: Dense | None = None) -> Estimate:
         """Peak memory on the CPU, disk, and FLOPs, from the headers of the checkpoint.
@@ -56,7 +56,7 @@ class ProfileStage(Stage):
         config, started = context.config, time.monotonic()
         folder = context.inputs["dense"]
         checkpoint = Checkpoint.open(folder)
-        edges = block_edges(checkpoint.sizes["ffn"], config.blocks)
+        edges = block_edges(checkpoint.sizes["ffn"], config.blocks, config.experts)
         whole, digest = _sample(checkpoint, context)
         sample = whole.own(context.ranks)
         stream = LayerStream(checkpoint, context.ranks.device, trust_remote_code=config.trust_remote_code)
@@ -73,6 +73,7 @@ class ProfileStage(Stage):
             blocks=config.blocks,
             edges=edges,
             loss=loss,
+            experts=config.experts,
             order=config.profile.order,
             loss_aware=config.profile.loss_aware,
             data=digest,
@@ -144,6 +145,7 @@ def _stream(
                 sample,
                 order=context.config.profile.order,
                 edges=edges,
+                experts=context.config.experts,
                 weights=None if felt is None else felt[index],
                 finished=lambda batch: task.advance(tokens=ranks.world * batch.tokens / layers),
                 ranks=ranks,

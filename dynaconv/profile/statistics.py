@@ -32,7 +32,8 @@ class Summary:
         blocks: N.
         edges: N + 1 neuron positions.
         loss: The parent's, nats a token on the calibration text.
-        order: ``importance`` or ``none``.
+        experts: ``nested`` or ``routed``.
+        order: ``importance`` or ``none``; of routed experts neurons are ordered by cluster.
         loss_aware: Whether curves are weighted by the gradient of the loss.
         data: Digest of the calibration text.
         seed: What drew the windows.
@@ -45,6 +46,7 @@ class Summary:
     blocks: int
     edges: tuple[int, ...]
     loss: float
+    experts: str
     order: str
     loss_aware: bool
     data: str
@@ -66,7 +68,8 @@ def tensor_layout(layers: int, residual: int, edges: Sequence[int]) -> list[Tens
     ``activation`` is mean |h|, ``importance`` that times the norm of the neuron's down column, ``order`` the neurons
     as they are cut. ``curve_mean`` and ``curve_quantiles`` (.1, .5, .9) are of r_n, n = 0..N. ``feature_gram`` is the
     sum over curve tokens of [x; 1][x; 1]^T with x the FFN's input, ``feature_target`` that of [x; 1] log t_n,
-    n = 0..N-1, with t_n = r_n, or r_n times the token's weight where curves are loss-aware.
+    n = 0..N-1, with t_n = r_n, or the norm of what block n adds where experts are routed, times the token's weight
+    where curves are loss-aware.
     """
     neurons, widths, blocks = edges[-1], len(edges), len(edges) - 1
     shapes = {

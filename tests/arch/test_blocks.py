@@ -39,6 +39,20 @@ def test_edges_of_known_sizes(neurons: int, blocks: int, expected: tuple[int, ..
     assert block_edges(neurons, blocks) == expected
 
 
+@pytest.mark.parametrize(("neurons", "blocks"), [(1024, 64), (96, 6), (14336, 64), (11008, 32), (7, 7)])
+def test_blocks_of_routed_experts_are_alike(neurons: int, blocks: int) -> None:
+    edges = block_edges(neurons, blocks, "routed")
+    assert {stop - start for start, stop in pairwise(edges)} == {neurons // blocks}
+    assert (edges[0], edges[-1], len(edges)) == (0, neurons, blocks + 1)
+
+
+def test_blocks_that_cannot_be_alike_are_refused_with_those_that_can() -> None:
+    with pytest.raises(ConfigError, match=r"11008 neurons(.|\n)*blocks=32 or blocks=43"):
+        block_edges(11008, 40, "routed")
+    with pytest.raises(ConfigError, match="blocks=1 or blocks=61"):
+        block_edges(61, 8, "routed")
+
+
 @pytest.mark.parametrize("blocks", [0, -1, 65])
 def test_out_of_range_is_refused(blocks: int) -> None:
     with pytest.raises(ConfigError, match="from 1 to 64"):

@@ -34,9 +34,10 @@ def context_of(tmp_path: Path, dense: Path, statistics: Path, config: RunConfig)
 
 
 def carve(
-    tmp_path: Path, dense: Path, statistics: Path, *, blocks: int = 4, **carve: Any
+    tmp_path: Path, dense: Path, statistics: Path, *, blocks: int = 4, experts: str = "nested", **carve: Any
 ) -> tuple[Path, dict[str, Any]]:
-    context = context_of(tmp_path, dense, statistics, RunConfig(blocks=blocks, carve=CarveConfig(**carve)))
+    config = RunConfig(experts=experts, blocks=blocks, carve=CarveConfig(**carve))
+    context = context_of(tmp_path, dense, statistics, config)
     metrics = CarveStage().run(context)
     assert list(context.work.iterdir()) == []
     return context.folder, metrics
@@ -75,6 +76,23 @@ def test_routers_are_the_ridge_solution(tmp_path: Path, tiny_checkpoint: Make) -
         assert torch.equal(routers[f"layers.{layer}.router.linear.weight"], weight.float())
         assert torch.equal(routers[f"layers.{layer}.router.linear.bias"], bias.float())
         assert weight.shape == (4, 64) and bias.shape == (4,)
+
+
+def test_scores_of_routed_blocks_are_the_ridge_solution_less_the_layers_mean(
+    tmp_path: Path, tiny_checkpoint: Make
+) -> None:
+    source = tiny_checkpoint()
+    statistics = fake_statistics(tmp_path / "statistics", source, blocks=8, experts="routed")
+    folder, _ = carve(tmp_path, source, statistics, blocks=8, experts="routed")
+    layout, routers = Layout.load(folder), read_tensors(folder / "dynaconv.safetensors")
+    assert (layout.router.kind, layout.router.linear, layout.routed) == ("blocks", True, True)
+    known = read_tensors(statistics / "statistics.safetensors")
+    for layer in range(layout.layers):
+        gram, target = (known[f"layers.{layer}.feature_{name}"] for name in ("gram", "target"))
+        weight, bias = solve_ridge(gram, target, 1e-3)
+        torch.testing.assert_close(routers[f"layers.{layer}.router.linear.weight"], weight.float())
+        expected = bias - (target[-1] / gram[-1, -1]).double().mean()
+        torch.testing.assert_close(routers[f"layers.{layer}.router.linear.bias"], expected.float())
 
 
 def test_metrics_count_what_happened(tmp_path: Path, tiny_checkpoint: Make) -> None:
@@ -141,19 +159,19 @@ def test_nan_in_a_weight_is_named(tmp_path: Path, tiny_checkpoint: Make) -> None
 
 def test_estimate_says_the_bytes_that_are_written(tmp_path: Path, tiny_checkpoint: Make) -> None:
     dense = tiny_checkpoint("qwen3", tied=True)
-    config = RunConfig(blocks=4)
+    config = RunConfig(experts="nested", blocks=4)
     estimate = CarveStage().estimate(config, dense)
     folder, _ = carve(tmp_path, dense, fake_statistics(tmp_path / "statistics", dense))
     written = sum(path.stat().st_size for path in folder.iterdir())
     assert estimate.disk_bytes == pytest.approx(written, rel=0.03)
     assert estimate.notes == ("2 FFNs of 96 neurons in 4 blocks of 16 or 32",)
     with pytest.raises(ConfigError, match="blocks is 40, but the FFNs have 27"):
-        CarveStage().estimate(RunConfig(blocks=40), tiny_checkpoint(ffn=27))
+        CarveStage().estimate(RunConfig(experts="nested", blocks=40), tiny_checkpoint(ffn=27))
 
 
 def test_the_peak_is_the_largest_reordered_tensor_not_the_checkpoint(tiny_checkpoint: Make) -> None:
     """Twice the layers cost no more than their routers; twice the neurons cost twice the largest tensor."""
-    stage, config = CarveStage(), RunConfig(blocks=4)
+    stage, config = CarveStage(), RunConfig(experts="nested", blocks=4)
     two, four = (stage.estimate(config, tiny_checkpoint(ffn=4096, layers=n)).peak_bytes for n in (2, 4))
     wide = stage.estimate(config, tiny_checkpoint(ffn=8192)).peak_bytes
     by_layer = 2 * (4 * 4 * 65 + 8 * 4096)

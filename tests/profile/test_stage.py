@@ -20,7 +20,7 @@ from dynaconv.progress import Progress
 def recipe(text: Path, **profile) -> RunConfig:
     settings = {"tokens": 2048, "batch_size": 8, **profile}
     data = DataConfig(train=[str(text)], sequence_length=64)
-    return RunConfig(blocks=4, data=data, profile=ProfileConfig(**settings))
+    return RunConfig(experts="nested", blocks=4, data=data, profile=ProfileConfig(**settings))
 
 
 def run(config: RunConfig, source: Path, folder: Path) -> dict:
