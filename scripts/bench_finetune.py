@@ -33,7 +33,7 @@ from dynaconv.train.loop import Trainer
 
 DENSE = LossesConfig(full=LossConfig(1.0), distill=LossConfig(0.0), distill_full=LossConfig(0.0))
 ALONE = LossesConfig(full=LossConfig(0.5), distill=LossConfig(0.5), distill_full=LossConfig(0.0))
-BLOCKS = 8
+BLOCKS = {"nested": 8, "routed": 64}
 VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {"router": "uniform", "losses": DENSE},
     "uniform": {"router": "uniform", "uniform_share": 1.0},
@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "curve": {"router": "curve"},
     "class": {"router": "class"},
     "gate, parent teaches": {"teacher": "parent"},
+    "routed, parent teaches": {"teacher": "parent", "losses": LossesConfig()},
     "gate, consistency": {"losses": replace(ALONE, consistency=LossConfig(0.5))},
     "gate, routers only": {"trainable": "routers"},
     "gate, lora": {"trainable": "lora"},
@@ -86,10 +87,12 @@ def main(
 
 
 def recipe(name: str, batch_size: int, length: int) -> RunConfig:
-    """The recipe nested without a parent, with what the variant changes; routed from the start."""
+    """Fine-tuning without a parent, with what the variant changes; routers decide from the start."""
     shared: dict[str, Any] = {"batch_size": batch_size, "tokens": 1000 * batch_size * length, "uniform_share": 0.0}
     shared |= {"teacher": "self", "losses": ALONE}
-    config = RunConfig(blocks=BLOCKS, finetune=replace(FinetuneConfig(), **(shared | VARIANTS[name])))
+    experts = "routed" if name.startswith("routed") else "nested"
+    tuning = replace(FinetuneConfig(), **(shared | VARIANTS[name]))
+    config = RunConfig(experts=experts, blocks=BLOCKS[experts], finetune=tuning)
     config.data.sequence_length = length
     return config
 
@@ -108,8 +111,9 @@ def trainer(folder: Path, config: RunConfig) -> Trainer:
     if tuning.trainable == "lora":
         add_adapters(stock, tuning)
     ffn = FFNLayout(**asdict(checkpoint.family.ffn))
-    router = router_layout(tuning, checkpoint.sizes["residual"])
-    layout = Layout(block_edges(checkpoint.sizes["ffn"], config.blocks), checkpoint.layers, ffn, router)
+    router = router_layout(tuning, checkpoint.sizes["residual"], routed=config.experts == "routed")
+    edges = block_edges(checkpoint.sizes["ffn"], config.blocks, config.experts)
+    layout = Layout(edges, checkpoint.layers, ffn, router)
     network = attach(stock, layout).train()
     choose(network, tuning.trainable)
     if tuning.gradient_checkpointing:

@@ -36,7 +36,7 @@ from dynaconv.pipeline.stage import StageContext
 from dynaconv.progress import Progress
 
 dense, statistics, folder, work = map(Path, sys.argv[1:5])
-config = RunConfig(source=str(dense), blocks=int(sys.argv[5]))
+config = RunConfig(source=str(dense), experts="nested", blocks=int(sys.argv[5]))
 started = time.monotonic()
 with Progress() as progress:
     inputs = {"dense": dense, "statistics": statistics}

@@ -53,6 +53,7 @@ DENSE = [  # plain training likes larger steps than a dial's; of 4, 8 and 16 win
     "finetune.learning_rate=3e-4",
 ]
 OWN_POLICY = {  # what each recipe makes, by the policy it is meant for
+    "routed": "routed",
     "nested": "routed",
     "nested-difficulty": "routed",
     "nested-uniform": "uniform width",
@@ -87,6 +88,8 @@ class Copy:
 
 
 COPIES = (
+    Copy("routed", 0),
+    Copy("routed", 1),
     Copy("nested", 0),
     Copy("nested-uniform", 0),
     Copy("nested", 1),
@@ -159,7 +162,7 @@ def main(
         table = Rows(runs / "rows" / f"{copy.name}-{tokens}.json", settings, copy)
         table.row("parent", "dense", 1.0, measure(parent, Full))
         folder = train(copy.config(model, text, tokens), runs / f"{copy.name}-{tokens}")
-        if copy == COPIES[0]:
+        if copy.weights in ("routed", "nested") and copy.seed == 0:
             untrained(table, folder["carve"], measure, batches)
         score_copy(table, folder["finetune"], measure, batches)
     rows = [row for copy in COPIES for row in known_rows(runs / "rows" / f"{copy.name}-{tokens}.json", settings)]
@@ -175,7 +178,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Each recipe by its own policy, against plain dense training on the same tokens; lists are by seed.
 
     ``loss`` by share; ``full_dial_cost``: relative loss of the full dial over dense training's; ``perplexity_over``:
-    relative perplexity over dense training's, by share; ``ahead_of``: nats by which nested's mean is below another's.
+    relative perplexity over dense training's, by share; ``ahead``: nats by which the mean of routed, or of nested, is
+    below another's.
     """
     losses: dict[str, dict[str, list[float]]] = {}
     for row in rows:
@@ -192,13 +196,17 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             name: {share: [math.expm1(loss - dense) for loss in each] for share, each in by_share.items()}
             for name, by_share in dials.items()
         }
-    ours = losses.get("nested", {})
-    found["ahead_of"] = {
-        name: {share: _mean(each) - _mean(ours[share]) for share, each in by_share.items() if share in ours}
-        for name, by_share in losses.items()
-        if name in OWN_POLICY and name != "nested"
-    }
+    found["ahead"] = {ours: _ahead(ours, losses) for ours in ("routed", "nested") if ours in losses}
     return found
+
+
+def _ahead(ours: str, losses: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+    own = losses[ours]
+    return {
+        name: {share: _mean(each) - _mean(own[share]) for share, each in by_share.items() if share in own}
+        for name, by_share in losses.items()
+        if name in OWN_POLICY and name != ours
+    }
 
 
 def _mean(values: list[float]) -> float:
@@ -256,10 +264,10 @@ def untrained(table: Rows, folder: Path, measure: Any, batches: list[Batch]) -> 
     """The carved checkpoint before any fine-tuning: closed-form routers against uniform widths."""
     from dynaconv.dynamic.modeling import load
 
-    model = load(folder).eval()
+    model, name = load(folder).eval(), f"carved for {table.copy.weights}"
     for share in SHARES:
-        table.row("carved", "uniform width", share, measure(model, partial(uniform, model, share)))
-        table.row("carved", "closed-form router", share, measure(model, partial(routed, model, batches, share)))
+        table.row(name, "uniform width", share, measure(model, partial(uniform, model, share)))
+        table.row(name, "closed-form router", share, measure(model, partial(routed, model, batches, share)))
 
 
 def score_copy(table: Rows, folder: Path, measure: Any, batches: list[Batch]) -> None:
@@ -277,7 +285,7 @@ def score_copy(table: Rows, folder: Path, measure: Any, batches: list[Batch]) ->
         table.row(weights, "uniform width", share, measure(model, partial(uniform, model, share)))
         if model.layout.router.kind != "none":
             score_routed(table, model, share, measure, batches)
-        if weights in ("nested", "nested-uniform") and table.copy.seed == 0:
+        if weights in ("routed", "nested", "nested-uniform") and table.copy.seed == 0:
             with oracle_routers(model):
                 table.row(weights, "label oracle", share, measure(model, partial(routed, model, batches, share)))
 
@@ -294,7 +302,7 @@ def score_routed(table: Rows, model: Any, share: float, measure: Any, batches: l
 
 
 def uniform(model: Any, share: float) -> Uniform:
-    """One width for all tokens and layers."""
+    """One width for all tokens and layers; of routed experts, each token's best so many."""
     return Uniform(round(share * model.layout.blocks))
 
 

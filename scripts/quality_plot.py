@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 COLOURS = {
+    "routed": "#7b2cbf",
     "nested": "#c1121f",
     "nested-uniform": "#2a6f97",
     "nested-difficulty": "#e09f3e",

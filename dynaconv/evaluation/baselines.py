@@ -15,11 +15,13 @@ from torch import Tensor
 
 from dynaconv.data.windows import Batch
 from dynaconv.dynamic.context import recording, using
-from dynaconv.dynamic.curves import log_errors, relative_errors
+from dynaconv.dynamic.curves import contributions, log_errors, log_norms, relative_errors
 from dynaconv.dynamic.ffn import DynamicFFN
 from dynaconv.dynamic.layout import RouterLayout
 from dynaconv.dynamic.policy import Policy
 from dynaconv.dynamic.router import Router
+
+LARGEST = 50.0  # logarithm of a norm
 
 
 class Replay:
@@ -69,18 +71,22 @@ def static_widths(means: Sequence[float], blocks: int) -> tuple[int, ...]:
 
 
 class OracleRouter(Router):
-    """Knows each token's true curve: what a perfect ``curve`` router would predict."""
+    """Knows each token's true curve, as a perfect ``curve`` router would; of routed experts, what its blocks add."""
 
     def __init__(self, ffn: DynamicFFN) -> None:
-        super().__init__(1, ffn.edges, RouterLayout(kind="curve"))
+        kind = "blocks" if ffn.router.kind == "blocks" else "curve"
+        super().__init__(1, ffn.edges, RouterLayout(kind=kind, bound=LARGEST))
         self._ffn = [ffn]  # in a list: not a submodule, or the two would own each other
 
     def forward(self, x: Tensor) -> Tensor:
-        """Log r_n of tokens ``x`` (..., D), (..., N)."""
+        """Log r_n of tokens ``x`` (..., D), or the log norm of what block n adds: (..., N)."""
         ffn = self._ffn[0]
-        hidden = ffn.hidden(x).flatten(0, -2).float()
-        curve = log_errors(relative_errors(hidden, ffn.weights().down.float(), ffn.edges))
-        return curve.view(*x.shape[:-1], ffn.blocks)
+        hidden, down = ffn.hidden(x).flatten(0, -2).float(), ffn.weights().down.float()
+        if self.kind == "blocks":
+            known = log_norms(contributions(hidden, down, ffn.edges).norms)
+        else:
+            known = log_errors(relative_errors(hidden, down, ffn.edges))
+        return known.view(*x.shape[:-1], ffn.blocks)
 
 
 @contextmanager

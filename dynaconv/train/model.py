@@ -26,15 +26,15 @@ from dynaconv.train.trainable import add_adapters, choose, merged
 def routed_model(folder: Path, tuning: FinetuneConfig) -> Any:
     """The carved model in fp32 with the routers that ``tuning`` trains, and all else that it does not frozen.
 
-    ``curve`` routers start from the closed-form ones, the others silent: every token alike.
+    ``curve`` routers and those of routed experts start from the closed-form ones, the others silent: every token alike.
     """
     layout = Layout.load(folder)
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if tuning.trainable == "lora":
         add_adapters(stock, tuning)
-    router = router_layout(tuning, stock.config.hidden_size)
+    router = router_layout(tuning, stock.config.hidden_size, routed=layout.routed)
     model = attach(stock, replace(layout, router=router, dial=None, frontier={}))
-    if tuning.router == "curve" and layout.router.kind == "curve":
+    if router.kind == layout.router.kind in ("curve", "blocks"):
         known = read_tensors(folder / ROUTER_FILE)
         for ffn in model.ffns():
             prefix = f"layers.{ffn.layer}.router."
@@ -47,12 +47,13 @@ def routed_model(folder: Path, tuning: FinetuneConfig) -> Any:
     return model
 
 
-def router_layout(tuning: FinetuneConfig, hidden_size: int) -> RouterLayout:
-    """Routers of the kind that ``tuning`` trains, for a residual width of ``hidden_size``."""
+def router_layout(tuning: FinetuneConfig, hidden_size: int, *, routed: bool = False) -> RouterLayout:
+    """Routers of the kind that ``tuning`` trains, for a residual width of ``hidden_size``, of routed experts or not."""
     if tuning.router == "uniform":
         return RouterLayout()
     rank = tuning.router_rank or 64 * math.ceil(hidden_size / 16 / 64)
-    return RouterLayout(tuning.router, linear=tuning.router != "gate", rank=rank, bound=tuning.bound)
+    kind = "blocks" if routed else tuning.router
+    return RouterLayout(kind, linear=kind != "gate", rank=rank, bound=tuning.bound)
 
 
 def write_checkpoint(engine: Engine, carved: Path, folder: Path, shard_bytes: int) -> None:

@@ -9,7 +9,7 @@ M scored tokens of the micro-batch, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -149,8 +149,8 @@ class Passes:
         self.engine.backward(total, last=micro.last and not gated)
         if isinstance(policy, Gated):
             self.engine.backward(policy.centre(self.engine.network.ffns(), self._mean(batch)), last=micro.last)
-            scores = [real_tokens(score.detach().float(), batch.attention_mask) for score in policy.scores.values()]
-            metrics["score_deviation"] = torch.stack(scores).std().item() * micro.real
+            found_scores = [score.detach().float() for score in policy.scores.values()]
+            metrics["score_deviation"] = torch.stack(self._real(found_scores, batch)).std().item() * micro.real
         widths = {layer: real_tokens(used, batch.attention_mask) for layer, used in _first(trace).items()}
         metrics["share_spent"] = micro.real * spent_share(widths, self.engine.network.layout.edges)
         if plan.measured and full is not None and isinstance(scored, Scored):
@@ -168,6 +168,11 @@ class Passes:
         found = router_statistics(widths, batch.input_ids[:, :-1][mask], losses, blocks, accuracies)
         return {name: value * micro.scored for name, value in found.items()}
 
+    def _real(self, scores: Iterable[Tensor], batch: Batch) -> list[Tensor]:
+        """Router scores of the tokens that are not padding, one tensor a layer."""
+        features = self.engine.network.ffns()[0].router.features
+        return [real_tokens(score, batch.attention_mask, features=features) for score in scores]
+
     def _mean(self, batch: Batch) -> Callable[[Tensor], Tensor]:
         """Takes the mean over ranks of means over real tokens."""
         return partial(self.engine.ranks.mean, weight=batch.tokens)
@@ -178,8 +183,7 @@ class Passes:
         if not isinstance(scored, Scored):
             return Uniform(uniform_width(budget, network.layout.blocks))
         asked, real = min(1.0, max(0.01, budget - plan.drift)), micro.batch.attention_mask
-        features = int(self.config.router != "gate")
-        scores = [real_tokens(score, real, features=features) for score in scored.scores.values()]
+        scores = self._real(scored.scores.values(), micro.batch)
         level = solve_level(network.ffns()[0].router, scores, asked, mean=self._mean(micro.batch))
         if self.config.router == "gate":
             return Gated(level, self.config.temperature, real)

@@ -36,14 +36,14 @@ class Scored:
 
 
 class Gated:
-    """Router target ``gate``: blocks on where the wanted width passes them, with a gradient to every block.
+    """Router target ``gate``: blocks on where the router's margin for them is above 0, a gradient to every block.
 
-    Block j (from 1) is on if s + level > j - 1/2. Its gradient goes straight through
-    sigmoid((s + level - j + 1/2) / temperature), also where it is off.
+    Of nested experts the margin of block j (from 1) is s + level - j + 1/2, of routed ones s_j + level. The gradient
+    goes straight through sigmoid(margin / temperature), also where the block is off.
 
     Args:
         level: Of all routers.
-        temperature: Width of the sigmoid, in blocks.
+        temperature: Width of the sigmoid, in the unit of scores.
         real: (B, T) bool, False on padding; ``None`` where nothing is padded.
     """
 
@@ -58,27 +58,28 @@ class Gated:
         if score.requires_grad and ffn.layer not in self.scores:
             score.retain_grad()
             self.scores[ffn.layer], self.inputs[ffn.layer] = score, x.detach()
-        edge = torch.arange(ffn.blocks, device=x.device) + 0.5
-        distance = (score + self.level)[..., None] - edge
-        soft = torch.sigmoid(distance / self.temperature)
-        return (distance > 0).float() + soft - soft.detach()
+        margin = ffn.router.margins(score, self.level)
+        soft = torch.sigmoid(margin / self.temperature)
+        return (margin > 0).float() + soft - soft.detach()
 
     def centre(self, ffns: list[DynamicFFN], mean: Callable[[Tensor], Tensor] = lambda one: one) -> Tensor:
-        """A loss whose gradient takes the mean over tokens and layers out of the routers' gradients.
+        """A loss whose gradient takes the mean over tokens and layers (and blocks) out of the routers' gradients.
 
-        Only relative width matters: the budget fixes the mean. Call after the backward pass of the gated loss.
+        Only relative scores matter: the budget fixes the mean. Call after the backward pass of the gated loss.
 
         Args:
             ffns: The model's FFNs.
             mean: Takes the mean over ranks of means over real tokens.
         """
+        features = ffns[0].router.features
         grads = [score.grad for score in self.scores.values() if score.grad is not None]
-        means = [real_tokens(grad, self.real).mean() for grad in grads]
+        means = [real_tokens(grad, self.real, features=features).mean() for grad in grads]
         common = mean(torch.stack(means).mean())
         # Called as modules, with inputs that want a gradient: ZeRO 3 gathers weights, and drops them, by those.
         with using(Scoring()):
             scores = [ffn(self.inputs[ffn.layer].requires_grad_()) for ffn in ffns]
-        return torch.stack([(-common * real_tokens(score, self.real)).sum() for score in scores]).sum()
+        real = [real_tokens(score, self.real, features=features) for score in scores]
+        return torch.stack([(-common * score).sum() for score in real]).sum()
 
 
 class Scoring:

@@ -24,7 +24,7 @@ BATCHES = [Batch(token_ids(8, 64, seed=seed)) for seed in range(2)]
 COST = CostModel(10, 100, 10, 5, 1, 8, 4, 4, 16, 4)
 
 
-@pytest.mark.parametrize("kind", ["gate", "curve", "class"])
+@pytest.mark.parametrize("kind", ["gate", "curve", "class", "blocks"])
 @pytest.mark.parametrize("budget", [0.4, 0.7])
 def test_gated_share_is_the_budget(tiny_checkpoint: Maker, kind: str, budget: float) -> None:
     model = dynamic_model(tiny_checkpoint(), kind)
@@ -45,13 +45,13 @@ def test_padding_does_not_move_the_level(tiny_checkpoint: Maker) -> None:
     assert solved[0] == solved[1]
 
 
-@pytest.mark.parametrize("kind", ["gate", "none"])
+@pytest.mark.parametrize("kind", ["gate", "blocks", "none"])
 def test_sweep_measures_a_monotone_dial(tiny_checkpoint: Maker, kind: str) -> None:
     folder = tiny_checkpoint(ffn=64)  # blocks of 16, so that a quarter is one block
     model, parent = dynamic_model(folder, kind), dynamic_model(folder, "none")
     config, text = CalibrateConfig(budgets=[0.25, 0.5, 0.75]), Text(BATCHES[:1], BATCHES[1:])
     with Progress(quiet=True).task("calibrate", 8) as task:
-        routed = kind == "gate"
+        routed = kind != "none"
         table = levels_for(model, text, config, task) if routed else uniform_table(model.layout, config.budgets)
         model.layout = model.layout.with_dial(table, {})
         frontier = measure(model, parent, text, (COST, COST), 3, task)

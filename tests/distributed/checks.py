@@ -60,14 +60,20 @@ class Bench:
         return folder
 
     def trainer(
-        self, folder: Path, engine: EngineConfig, ranks: Ranks, steps: int, router: str = "gate", **more: Any
+        self,
+        folder: Path,
+        engine: EngineConfig,
+        ranks: Ranks,
+        steps: int,
+        router: str = "gate",
+        *,
+        routed: bool = False,
+        **more: Any,
     ) -> Trainer:
         settings = {"warmup_steps": 2, "uniform_share": 0.3, "clip": 0.3, "weight_decay": 0.1, "router": router, **more}
-        # Budgets that leave no token so near its threshold that rounding alone decides on a block.
-        budgets: dict[str, Any] = {"budgets": [0.125, 0.75], "distribution": "low", "betas": [0.9, 0.95]}
-        tuning = FinetuneConfig(batch_size=8, accumulation=2, **budgets, **settings)
+        tuning = FinetuneConfig(batch_size=8, accumulation=2, **settings)
         torch.manual_seed(ranks.rank)
-        network = dynamic_model(folder, router)
+        network = dynamic_model(folder, "blocks" if routed else router)
         choose(network, tuning.trainable)
         made = build_engine(network, RunConfig(finetune=tuning, engine=engine), ranks)
         torch.manual_seed(ranks.rank)
@@ -122,6 +128,13 @@ def curves(bench: Bench) -> Iterator[tuple[str, Any]]:
         )
         gap = max(abs(a["loss_full"] - b["loss_full"]) for a, b in zip(run(one), run(two), strict=True))
         yield f"family/{family}", {"loss_full": gap, "weights": furthest(whole(one.engine), whole(two.engine))}
+    one, two = (
+        bench.trainer(bench.checkpoint("llama"), engine, ranks, STEPS, routed=True, uniform_share=0.1)
+        for engine, ranks in ((EngineConfig(), alone), (ENGINES["zero3"], bench.ranks))
+    )
+    pairs = list(zip(run(one), run(two), strict=True))
+    gaps = {key: max(abs(a[key] - b[key]) for a, b in pairs) for key in ("loss_full", "kl_dial", "share_spent")}
+    yield "routed", gaps | {"weights": furthest(whole(one.engine), whole(two.engine))}
     for trainable in FROZEN:
         one, two = (
             bench.trainer(folder, engine, ranks, FEW, "class", trainable=trainable, uniform_share=0.0)

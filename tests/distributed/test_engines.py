@@ -61,6 +61,10 @@ def test_every_way_of_storing_a_network_can_be_taken_apart(found: dict[str, Any]
     assert max(found[f"family/{family}"].values()) < 1e-4
 
 
+def test_two_ranks_reproduce_one_with_routed_experts(found: dict[str, Any]) -> None:
+    assert {name: gap for name, gap in found["routed"].items() if gap > 1e-4} == {}
+
+
 @pytest.mark.parametrize("trainable", FROZEN)
 def test_what_is_frozen_can_be_taken_apart_too(found: dict[str, Any], trainable: str) -> None:
     assert max(found[f"frozen/{trainable}"].values()) < 1e-4

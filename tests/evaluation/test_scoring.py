@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,18 @@ def test_oracle_knows_the_curve_and_leaves_no_trace(tiny_checkpoint: Maker) -> N
             assert torch.allclose(ffn.router(x)[0].exp(), expected, atol=1e-5)
     assert [ffn.router for ffn in model.ffns()] == routers
     assert sorted(model.state_dict()) == names
+
+
+def test_oracle_knows_what_each_block_adds(tiny_checkpoint: Maker) -> None:
+    model, ids = dynamic_model(tiny_checkpoint(), "blocks"), token_ids()
+    ffn, seen = model.ffns()[0], {}
+    with torch.no_grad(), oracle_routers(model):
+        ffn.router.register_forward_hook(lambda m, args, out: seen.update(x=args[0], scores=out))
+        model(ids, dial=0.5)
+        hidden = ffn.hidden(seen["x"])
+        for block, (start, stop) in enumerate(pairwise(ffn.edges)):
+            added = hidden[..., start:stop] @ ffn.down_proj.weight[:, start:stop].T
+            torch.testing.assert_close(seen["scores"][..., block], added.norm(dim=-1).log(), rtol=1e-4, atol=1e-4)
 
 
 def test_cost_counts_what_the_model_has(tiny_checkpoint: Maker) -> None:

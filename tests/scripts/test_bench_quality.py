@@ -48,22 +48,24 @@ def test_a_finished_row_is_found_again_and_other_settings_are_not(bench: Any, tm
 def test_what_the_summary_says(bench: Any, tmp_path: Path) -> None:
     rows = [
         row("parent", "dense", 1.0, 2.2),
-        row("carved", "uniform width", 0.5, 9.0),
+        row("carved for nested", "uniform width", 0.5, 9.0),
         row("nested", "full dial", 1.0, 2.02),
         row("nested", "routed", 0.5, 2.1),
         row("nested", "uniform width", 0.5, 9.0),
         row("nested", "routed", 0.5, 2.3, seed=1),
         row("nested-uniform", "uniform width", 0.5, 2.5),
+        row("routed", "routed", 0.5, 2.05),
         row("static-half", "uniform width", 0.5, 2.15),
         row("dense", "full dial", 1.0, 2.0),
     ]
     found = bench.summary(rows)
     assert found["loss"]["nested"] == {"1": [2.02], "0.5": [2.1, 2.3]}
-    assert "carved" not in found["loss"]
+    assert not any("carved" in weights for weights in found["loss"])
     assert found["full_dial_cost"] == {"nested": [pytest.approx(0.01)]}
     assert found["perplexity_over"]["nested"]["0.5"] == [pytest.approx(math.expm1(0.1)), pytest.approx(math.expm1(0.3))]
-    assert found["ahead_of"]["nested-uniform"]["0.5"] == pytest.approx(0.3)
-    assert found["ahead_of"]["static-half"]["0.5"] == pytest.approx(-0.05), "behind is below zero"
+    assert found["ahead"]["nested"]["nested-uniform"]["0.5"] == pytest.approx(0.3)
+    assert found["ahead"]["nested"]["static-half"]["0.5"] == pytest.approx(-0.05), "behind is below zero"
+    assert found["ahead"]["routed"]["nested"]["0.5"] == pytest.approx(0.15)
     picture = tmp_path / "docs" / "quality.png"
     bench.draw({"settings": SETTINGS, "summary": found}, picture)
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -25,10 +25,10 @@ from dynaconv.pipeline.stage import StageContext
 from dynaconv.progress import Progress
 
 dense, statistics, folder = map(Path, sys.argv[1:])
-estimate = CarveStage().estimate(RunConfig(), dense)
+estimate = CarveStage().estimate(RunConfig(experts="nested", blocks=8), dense)
 before, known = rss_bytes(), reset_peak()
 inputs = {"dense": dense, "statistics": statistics}
-CarveStage().run(StageContext(RunConfig(), inputs, folder, folder, Progress(quiet=True)))
+CarveStage().run(StageContext(RunConfig(experts="nested", blocks=8), inputs, folder, folder, Progress(quiet=True)))
 print(json.dumps({"known": known, "grown": peak_rss_bytes() - before, "estimate": estimate.peak_bytes}))
 """
 

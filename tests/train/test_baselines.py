@@ -47,5 +47,9 @@ def test_static_half_trains_one_width_and_is_measured_there(
 def test_baselines_differ_from_the_default_in_the_router_only() -> None:
     for recipe, router in (("nested-uniform", "uniform"), ("nested-difficulty", "class"), ("nested-curve", "curve")):
         tuning = compose(recipe).finetune
-        share = tuning.uniform_share if router == "uniform" else compose().finetune.uniform_share
-        assert tuning == replace(compose().finetune, router=router, uniform_share=share)
+        nested = compose("nested").finetune
+        share = tuning.uniform_share if router == "uniform" else nested.uniform_share
+        assert tuning == replace(nested, router=router, uniform_share=share)
+    routed, nested = compose("routed"), compose("nested")
+    units = ("router_learning_rate", "temperature", "uniform_share")  # scores are in other units
+    assert nested.finetune == replace(routed.finetune, **{name: getattr(nested.finetune, name) for name in units})

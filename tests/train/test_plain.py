@@ -25,7 +25,9 @@ from dynaconv.train.sampler import draw
 
 Maker = Callable[..., Path]
 BLOCKS, STEPS, SEED = 4, 6, 3
-CONFIG = FinetuneConfig(batch_size=4, learning_rate=3e-3, router_learning_rate=3e-3, warmup_steps=2, uniform_share=0.5)
+CONFIG = FinetuneConfig(
+    batch_size=4, learning_rate=3e-3, router_learning_rate=3e-3, warmup_steps=2, uniform_share=0.5, temperature=0.7
+)
 DENSE = LossesConfig(full=LossConfig(1.0), distill=LossConfig(0.0), distill_full=LossConfig(0.0))
 
 
@@ -58,11 +60,14 @@ class Plain:
         self.own = [p for router in routers for p in router.parameters()]
         groups = [{"params": list(self.model.parameters()), "peak": 3e-3}, {"params": self.own, "peak": 3e-3}]
         self.optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0)
+        self.edge = torch.zeros(1) if routers[0].kind == "blocks" else torch.arange(BLOCKS) + 0.5
         self.neurons = self.model.config.intermediate_size // BLOCKS
 
     def score(self, layer: int, x: Tensor) -> Tensor:
+        """(B, T, 1) or, of routed experts, (B, T, N)."""
         router = self.routers[layer]
-        return 3.0 * torch.tanh(router.output(functional.silu(router.hidden(x))).squeeze(-1) / 3.0)
+        raw = router.output(functional.silu(router.hidden(x)))
+        return 3.0 * torch.tanh((raw if router.linear is None else raw + router.linear(x)) / 3.0)
 
     def step(self, step: int, windows: Windows) -> dict[str, float]:
         ids, chosen = training_batch(windows, step, 4, SEED).input_ids, draw(CONFIG, SEED, step, STEPS)
@@ -75,19 +80,20 @@ class Plain:
         held = (taught.exp() * (taught - logits.log_softmax(-1))).sum(-1).mean()
         (0.4 * loss + 0.8 * held).backward()
         found, scores = {"loss_full": loss.item(), "kl_full": held.item()}, []
-        width, edge = max(1, round(chosen.budget * BLOCKS)), torch.arange(BLOCKS) + 0.5
+        width, edge = max(1, round(chosen.budget * BLOCKS)), self.edge
         level = self.level([self.score(i, x).detach() for i, x in enumerate(inputs)], chosen.budget - self.drift)
         spent: list[float] = []
 
         def factors(layer: int, x: Tensor) -> Tensor:
             if not chosen.routed:
-                on = (width > edge).float()
+                wanted = -edge if len(edge) > 1 else self.score(layer, x)
+                on = (wanted >= wanted.sort(descending=True).values[..., width - 1, None]).float().detach()
             else:
                 score = self.score(layer, x)
                 score.retain_grad()
                 scores.append((layer, x.detach(), score))
-                soft = torch.sigmoid(score[..., None] + level - edge)
-                hard = (score[..., None] + level > edge).float()
+                soft = torch.sigmoid((score + level - edge) / 0.7)
+                hard = (score + level > edge).float()
                 on = hard + soft - soft.detach()
             spent.append(on.detach().mean().item())
             return on.repeat_interleave(self.neurons, -1)
@@ -109,20 +115,18 @@ class Plain:
         self.optimizer.step(), self.optimizer.zero_grad()
         return found | {"gradient_norm": norm.item()}
 
-    @staticmethod
-    def level(scores: list[Tensor], share: float) -> float:
-        low, high = -10.0, 10.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            widths = torch.stack([(s + middle - 0.5).ceil().clamp(0, BLOCKS) for s in scores])
-            low, high = (middle, high) if widths.mean() / BLOCKS < share else (low, middle)
-        return high
+    def level(self, scores: list[Tensor], share: float) -> float:
+        """Between the last block that the share pays for and the first that it does not."""
+        jumps = torch.stack([self.edge - s for s in scores]).flatten().double().sort().values
+        last = math.ceil(share * len(jumps) - 1e-9)
+        return float(jumps[last - 1] + jumps[last]) / 2
 
 
-def test_the_default_recipe_trains_as_it_is_written(tiny_checkpoint: Maker) -> None:
+@pytest.mark.parametrize("kind", ["gate", "blocks"])
+def test_the_recipes_train_as_they_are_written(tiny_checkpoint: Maker, kind: str) -> None:
     folder, windows = tiny_checkpoint(ffn=128), Windows(torch.arange(1, 60).repeat(30).int(), 16)
-    made = dynamic_model(folder, "gate", blocks=BLOCKS)
-    twin = dynamic_model(folder, "gate", blocks=BLOCKS)
+    made = dynamic_model(folder, kind, blocks=BLOCKS)
+    twin = dynamic_model(folder, kind, blocks=BLOCKS)
     parent = AutoModelForCausalLM.from_pretrained(folder)
     trainer = Trainer(TorchEngine(made, CONFIG, Ranks.single("cpu")), CONFIG, windows, STEPS, SEED, parent)
     plain = Plain(folder, [ffn.router for ffn in twin.ffns()])

@@ -34,6 +34,33 @@ def test_gate_values_are_hard_and_gradients_reach_blocks_that_are_off(tiny_check
         assert float(ffn.router.output.bias.grad.abs()) > 0, f"block {block} sends no gradient"
 
 
+def test_scores_of_routed_blocks_get_gradients_whether_they_are_on_or_off(tiny_checkpoint: Maker) -> None:
+    ffn = dynamic_model(tiny_checkpoint(), "blocks").ffns()[0]
+    policy, signal, x = Gated(level=0.2, temperature=0.7), torch.randn(1, 6, 4), torch.randn(1, 6, 64)
+    on = policy.decide(ffn, x)
+    (on * signal).sum().backward()
+    score = policy.scores[0].detach()
+    assert torch.equal(on.detach() > 0.5, ffn.router.choose(score, 0.2))
+    assert 0 < int((on > 0.5).sum()) < on.numel()
+    soft = torch.sigmoid((score + 0.2) / 0.7)
+    torch.testing.assert_close(policy.scores[0].grad, signal * soft * (1 - soft) / 0.7)
+
+
+def test_centring_covers_blocks(tiny_checkpoint: Maker) -> None:
+    model, ids = dynamic_model(tiny_checkpoint(), "blocks"), token_ids()
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, 5:] = False
+    ffns, policy = model.ffns(), Gated(0.0, 1.0, mask)
+    with using(policy):
+        model(ids, attention_mask=mask).logits.square().mean().backward()
+    common = torch.stack([policy.scores[f.layer].grad[mask].mean() for f in ffns]).mean()
+    before = [ffn.router.linear.bias.grad.clone() for ffn in ffns]
+    policy.centre(ffns).backward()
+    for ffn, old in zip(ffns, before, strict=True):
+        slopes = 1 - (policy.scores[ffn.layer].detach()[mask] / 3.0) ** 2
+        torch.testing.assert_close(ffn.router.linear.bias.grad, old - common * slopes.sum(0), rtol=1e-4, atol=1e-9)
+
+
 def test_straight_through_gradient_is_the_sigmoids(tiny_checkpoint: Maker) -> None:
     ffn = dynamic_model(tiny_checkpoint()).ffns()[0]
     policy, signal = Gated(level=1.5, temperature=0.7), torch.randn(1, 6, 4)
@@ -94,13 +121,14 @@ def test_scored_pass_is_the_full_dial_and_leaves_scores(tiny_checkpoint: Maker) 
     assert policy.scores[0].shape == ids.shape
 
 
-def test_frozen_trunk_keeps_the_full_dial(tiny_checkpoint: Maker) -> None:
-    model, ids = dynamic_model(tiny_checkpoint()), token_ids()
+@pytest.mark.parametrize("kind", ["gate", "blocks"])
+def test_frozen_trunk_keeps_the_full_dial(tiny_checkpoint: Maker, kind: str) -> None:
+    model, ids = dynamic_model(tiny_checkpoint(), kind), token_ids()
     routers = [p for ffn in model.ffns() for p in ffn.router.parameters()]
     with torch.no_grad():
         before, low = model(ids, dial=1.0).logits, model(ids, dial=0.5).logits
     optimizer = torch.optim.SGD(routers, lr=5.0)
-    with using(Gated(2.0, 1.0)):
+    with using(Gated(2.0 if kind == "gate" else 0.0, 1.0)):
         model(ids, labels=ids).loss.backward()
     optimizer.step()
     with torch.no_grad():

@@ -48,8 +48,9 @@ def test_a_mixture_first_then_the_anchor() -> None:
 
 
 def test_routers_alone_are_routed_from_the_start() -> None:
-    assert not draw(CONFIG, 0, 0, 100).routed
-    assert draw(replace(CONFIG, trainable="routers"), 0, 0, 100).routed
+    later = replace(CONFIG, uniform_share=0.3)
+    assert not draw(later, 0, 29, 100).routed and draw(later, 0, 30, 100).routed
+    assert draw(replace(later, trainable="routers"), 0, 0, 100).routed
 
 
 def test_a_plan_is_a_function_of_seed_and_step() -> None:
