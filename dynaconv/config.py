@@ -52,9 +52,10 @@ class ProfileConfig:
         tokens: Calibration tokens.
         batch_size: Windows in a batch.
         curve_share: Share of the calibration tokens on which difficulty curves are measured.
-        order: Which neurons come first: ``importance`` (mean |activation| times the norm of the down column) or
-            ``none`` (as they are).
-        loss_aware: Weigh curves by the gradient of the loss (needs the whole model and a backward pass in memory).
+        order: Which neurons of nested experts come first: ``importance`` (mean |activation| times the norm of the down
+            column) or ``none`` (as they are). Those of routed experts are clustered.
+        loss_aware: Weigh curves, or what blocks add, by the gradient of the loss (needs the whole model and a backward
+            pass in memory).
     """
 
     tokens: int = 65536
@@ -149,15 +150,13 @@ class HypercloneConfig:
 
 @dataclass
 class CarveConfig:
-    """Cut in the order that profile found, and routers without training.
+    """Cut in the order that profile found, and routers without training: ridge regressions on the FFN input.
 
     Attributes:
-        router: ``curve`` (ridge regression of the difficulty curve on the FFN input).
         ridge: Ridge strength relative to the mean of the feature covariance's diagonal.
         shard_bytes: Largest shard that is written.
     """
 
-    router: str = "curve"
     ridge: float = 1e-3
     shard_bytes: int = 4 * 1024**3
 
@@ -209,7 +208,8 @@ class FinetuneConfig:
         tokens: Training tokens.
         batch_size: Windows in one optimiser step.
         accumulation: Micro-batches a step is cut into.
-        router: Target of the routers: ``gate`` (end to end), ``curve``, ``class``, or ``uniform`` (no router).
+        router: Target of the routers: ``gate`` (end to end), ``curve``, ``class``, or ``uniform`` (no router). Those of
+            routed experts are trained end to end.
         trainable: ``all``; ``ffn`` (FFNs and routers), ``routers`` (the full dial stays the parent's own function), or
             ``lora`` (routers, and adapters of low rank that are merged into the weights at the end).
         lora_rank: Rank of the adapters.
@@ -232,8 +232,9 @@ class FinetuneConfig:
         anchor: The one budget trained at towards the end; ``null`` samples all along.
         anchor_after: Share of the steps after which it is.
         router_rank: Hidden width of a router; ``0`` takes D / 16 rounded up to a multiple of 64.
-        bound: Largest say of a ``gate`` router, in blocks to either side of the common level.
-        temperature: Width of the straight-through sigmoid, in blocks.
+        bound: Largest say of a ``gate`` router, in blocks to either side of the common level; of routed experts, the
+            largest score of a block, in nats.
+        temperature: Width of the straight-through sigmoid, in the same unit.
         theta: Agreement (cosine) a ``class`` label asks for.
         precision: ``fp32`` or ``bf16``.
         gradient_checkpointing: Recompute activations in the backward pass.
@@ -252,21 +253,21 @@ class FinetuneConfig:
     teacher: str = "parent"
     losses: LossesConfig = field(default_factory=LossesConfig)
     learning_rate: float = 6e-4
-    router_learning_rate: float = 1e-3
+    router_learning_rate: float = 3e-4
     warmup_steps: int = 20
     weight_decay: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     clip: float = 1.0
     explosion: float = 3.0
     full_share: float = 0.0
-    uniform_share: float = 0.4
+    uniform_share: float = 0.0
     budgets: list[float] = field(default_factory=lambda: [0.2, 0.75])
     distribution: str = "uniform"
     anchor: float | None = None
     anchor_after: float = 0.9
     router_rank: int = 0
     bound: float = 2.0
-    temperature: float = 1.0
+    temperature: float = 0.33
     theta: float = 0.8
     precision: str = "fp32"
     gradient_checkpointing: bool = False
@@ -339,14 +340,17 @@ class RunConfig:
     Attributes:
         source: Folder or hub name of the dense checkpoint.
         stages: Stages in order.
-        blocks: Neuron blocks each FFN is cut into, at most 64.
+        experts: What a token may use: ``nested``, the first so many blocks, neurons in the order of their importance;
+            or ``routed``, any blocks, each a cluster of neurons that are active together.
+        blocks: Neuron blocks each FFN is cut into, at most 64; of routed experts, into equal ones.
         seed: Seeds sampling, shuffling and initialisation.
         trust_remote_code: Let transformers run code from the source folder.
     """
 
     source: str = ""
     stages: list[str] = field(default_factory=lambda: ["profile", "carve", "finetune", "calibrate", "export"])
-    blocks: int = 8
+    experts: str = "routed"
+    blocks: int = 64
     seed: int = 0
     trust_remote_code: bool = False
     engine: EngineConfig = field(default_factory=EngineConfig)

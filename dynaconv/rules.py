@@ -66,6 +66,7 @@ ALLOWED: dict[str, Allowed] = {
     "stages": Allowed(
         "at least one stage, none of them twice", lambda value: bool(value) and len(set(value)) == len(value)
     ),
+    "experts": _one_of("nested", "routed"),
     "blocks": _whole(1, 64),
     "seed": _whole(0),
     "data.train": _SOURCES,
@@ -98,7 +99,6 @@ ALLOWED: dict[str, Allowed] = {
     "hyperclone.variant": _one_of("noisy", "symmetric", "diagonal"),
     "hyperclone.snr_db": Allowed("a finite number of decibels", math.isfinite),
     "hyperclone.shard_bytes": _whole(1),
-    "carve.router": _one_of("curve"),
     "carve.ridge": _POSITIVE,
     "carve.shard_bytes": _whole(1),
     "finetune.tokens": _whole(1),
@@ -195,6 +195,8 @@ def _problems_between(config: RunConfig, wrong: Collection[str]) -> Iterator[str
             yield f"{name} is {tokens}; it must be at least one window (data.sequence_length is {window})"
     if "finetune" in config.stages:
         yield from _problems_of_losses(tune)
+        if config.experts == "routed" and tune.router != "gate":
+            yield f"finetune.router is {tune.router!r}; it must be gate where experts is 'routed'"
     sizes = {"finetune.tokens", "finetune.batch_size", "finetune.accumulation"}
     if "finetune" not in config.stages or sizes & set(wrong):
         return

@@ -12,6 +12,7 @@ from dynaconv.rules import ALLOWED, leaves, problems
 
 WRONG: dict[str, list[Any]] = {
     "stages": [[], ["profile", "profile"]],
+    "experts": ["dense"],
     "blocks": [0, 65, -1],
     "seed": [-1],
     "data.train": [[], [""], ["a", " "]],
@@ -23,7 +24,6 @@ WRONG: dict[str, list[Any]] = {
     "profile.batch_size": [0],
     "profile.curve_share": [0.0, 1.1],
     "profile.order": ["random"],
-    "carve.router": ["gate"],
     "carve.ridge": [0.0, math.inf],
     "finetune.tokens": [0],
     "finetune.batch_size": [0],
@@ -86,6 +86,17 @@ def test_a_wrong_value_is_named_with_what_is_allowed(name: str, value: Any) -> N
     (sentence, *_) = [found for found in problems(config) if found.startswith(f"{name} is ")]
     assert repr(value) in sentence
     assert ALLOWED[name].words in sentence
+
+
+@pytest.mark.parametrize("router", ["curve", "class", "uniform"])
+def test_routed_experts_have_routers_of_their_own(router: str) -> None:
+    config = RunConfig(experts="routed")
+    assert problems(config) == []
+    config.finetune.router = router
+    (wrong,) = problems(config)
+    assert wrong == f"finetune.router is {router!r}; it must be gate where experts is 'routed'"
+    config.stages.remove("finetune")
+    assert problems(config) == []
 
 
 def test_a_near_miss_is_suggested() -> None:

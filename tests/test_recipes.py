@@ -83,6 +83,9 @@ def test_the_default_comes_first_and_equals_the_schema() -> None:
 def test_recipes_that_differ_from_the_default_differ_as_they_say() -> None:
     assert compose("nested-difficulty").finetune.router == "class"
     assert compose("nested-curve").finetune.router == "curve"
+    routed = compose("routed")
+    assert (routed.experts, routed.finetune.router, routed.finetune.uniform_share) == ("routed", "gate", 0.0)
+    assert routed.finetune.losses == compose("nested").finetune.losses
     assert compose("nested-uniform").finetune.router == "uniform"
     half = compose("static-half")
     assert half.finetune.budgets == [0.5, 0.5] and half.finetune.losses.full.weight == 0.0
@@ -188,7 +191,7 @@ def test_all_mistakes_at_once() -> None:
         "seed is -1",
     ):
         assert part in told
-    assert "where: recipe nested" in told
+    assert "where: recipe routed" in told
 
 
 def test_a_recipe_of_ones_own_builds_on_another(tmp_path: Path) -> None:
@@ -223,7 +226,7 @@ def test_a_recipe_that_cannot_be_used(tmp_path: Path, text: str, said: str) -> N
 
 @pytest.mark.parametrize("name", ["nestd", "absent.yaml", "", "README.md"])
 def test_a_recipe_that_is_not_there(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"no recipe .*\n  expected: one of nested"):
+    with pytest.raises(ConfigError, match=r"no recipe .*\n  expected: one of routed"):
         find(name)
 
 

@@ -12,9 +12,10 @@ from dynaconv.progress import Progress
 
 
 def tiny_config(source: Path, text: Path, *, router: str = "gate", check: bool = False) -> RunConfig:
-    """All five stages, about a dozen training steps."""
+    """All five stages, about a dozen training steps, of nested experts."""
     return RunConfig(
         source=str(source),
+        experts="nested",
         blocks=4,
         data=DataConfig(train=[str(text)], sequence_length=32, validation_share=0.5),
         profile=ProfileConfig(tokens=1024, batch_size=8),

@@ -18,6 +18,7 @@ STAGES = ["profile", "carve", "finetune", "calibrate", "export"]
 TRAINING_FREE = [
     "--recipe",
     "training-free",
+    "blocks=8",
     "data.sequence_length=32",
     "profile.tokens=512",
     "calibrate.budgets=[0.5]",
@@ -73,10 +74,10 @@ def test_plan_writes_nothing_and_says_what_is_kept(
     plan = json.loads(dynaconv("plan", converted, "calibrate.budgets=[0.5]", "--json").out)
     assert [stage["action"] for stage in plan["stages"]] == ["keep", "keep", "keep", "stale", "stale"]
     assert plan["problems"] == []
-    fresh = json.loads(dynaconv("plan", dense, "--json").out)
+    fresh = json.loads(dynaconv("plan", dense, "blocks=8", "--json").out)
     assert {stage["action"] for stage in fresh["stages"]} == {"make"}
     assert fresh["peak_bytes"] > 0
-    shown = dynaconv("plan", dense)
+    shown = dynaconv("plan", dense, "blocks=8")
     assert shown.code == 0
     assert "05-export" in shown.out
     assert files(converted) == before

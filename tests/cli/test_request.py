@@ -35,20 +35,20 @@ def shown(asked: Request) -> tuple[str, str, int]:
 
 
 def test_nothing_given_means_the_embedded_default() -> None:
-    assert shown(request(None)) == ("", "runs/embedded-nested", 8)
+    assert shown(request(None)) == ("", "runs/embedded-routed", 64)
 
 
 def test_a_run_is_named_after_its_source_and_recipe(tmp_path: Path) -> None:
     (tmp_path / "my model").mkdir()
-    assert shown(request("my model", recipe="smoke")) == (str(tmp_path / "my model"), "runs/my-model-smoke", 8)
-    assert shown(request("org/some-model")) == ("org/some-model", "runs/some-model-nested", 8)
-    assert shown(request(".", out=Path("x"))) == (str(tmp_path), "x", 8)
+    assert shown(request("my model", recipe="smoke")) == (str(tmp_path / "my model"), "runs/my-model-smoke", 64)
+    assert shown(request("org/some-model")) == ("org/some-model", "runs/some-model-routed", 64)
+    assert shown(request(".", out=Path("x"))) == (str(tmp_path), "x", 64)
 
 
 def test_an_override_may_come_first() -> None:
-    assert shown(request("blocks=4")) == ("", "runs/embedded-nested", 4)
+    assert shown(request("blocks=4")) == ("", "runs/embedded-routed", 4)
     assert shown(request("blocks=4", ["seed=1"])).count(4) == 1
-    assert shown(request(None, ["source=org/model"])) == ("org/model", "runs/model-nested", 8)
+    assert shown(request(None, ["source=org/model"])) == ("org/model", "runs/model-routed", 64)
 
 
 def test_a_folder_with_an_equals_sign_is_a_source(tmp_path: Path) -> None:

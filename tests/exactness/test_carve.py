@@ -75,7 +75,7 @@ def carve(tmp_path: Path, dense: Path) -> Path:
     folder.mkdir(parents=True)
     work.mkdir()
     inputs = {"dense": dense, "statistics": fake_statistics(tmp_path / "statistics", dense, blocks=BLOCKS)}
-    config = RunConfig(blocks=BLOCKS, carve=CarveConfig(shard_bytes=150_000))
+    config = RunConfig(experts="nested", blocks=BLOCKS, carve=CarveConfig(shard_bytes=150_000))
     progress = Progress(quiet=True)
     CarveStage().run(StageContext(config, inputs, folder, work, progress, logging.getLogger("test")))
     return folder

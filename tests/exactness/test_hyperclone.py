@@ -189,7 +189,10 @@ def carve(dense: Path) -> Path:
     folder, work = (dense.with_name(f"{dense.name}-{name}") for name in ("carved", "work"))
     folder.mkdir()
     work.mkdir()
-    config, inputs = RunConfig(blocks=3, carve=CarveConfig()), {"dense": dense, "statistics": statistics}
+    config, inputs = (
+        RunConfig(experts="nested", blocks=3, carve=CarveConfig()),
+        {"dense": dense, "statistics": statistics},
+    )
     CarveStage().run(StageContext(config, inputs, folder, work, Progress(quiet=True), logging.getLogger("test")))
     return folder
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dynaconv
 from dynaconv.artifacts.files import read_json
+from dynaconv.dynamic.context import recording
 from dynaconv.errors import ExportError
 from dynaconv.export.check import check
 
@@ -70,6 +71,34 @@ def test_carved_only_is_the_parent_and_has_a_dial(tiny_checkpoint: Maker, tmp_pa
     frontier = read_json(folder / "frontier.json")["frontier"]
     assert frontier[-1]["quality"] == pytest.approx(1.0, abs=1e-4)
     assert frontier[0]["active_share"] < 0.5
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt"])
+def test_routed_experts_are_the_parent_and_have_a_dial(
+    tiny_checkpoint: Maker, tmp_path: Path, text_file: Path, family: str
+) -> None:
+    source = tiny_checkpoint(family, ffn=96)
+    config = tiny_config(source, documents_file(tmp_path, text_file), check=True)
+    config.experts, config.blocks, config.finetune.uniform_share = "routed", 16, 0.25
+    carved = convert(config, tmp_path / "run", until="carve")[-1].folder
+    folder = convert(config, tmp_path / "tuned")[-1].folder
+    parent = AutoModelForCausalLM.from_pretrained(source).eval()
+    ids = torch.randint(1, 257, (3, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = parent(ids).logits
+        for load in (dynaconv.load, AutoModelForCausalLM.from_pretrained):
+            got = load(carved).eval()(ids).logits
+            assert float((got - expected).abs().max() / expected.abs().max()) <= 1e-5
+    model = dynaconv.load(folder).eval()
+    assert model.layout.routed and model.layout.blocks == 16
+    spent = []
+    for budget in (0.25, 0.5, 0.75, 1.0):
+        with torch.no_grad(), recording() as trace:
+            model(ids, dial=budget)
+        spent.append(float(trace.stacked().double().mean()) / 16)
+    assert spent == sorted(spent) and spent[0] < 0.45 and spent[-1] == 1.0
+    points = read_json(folder / "frontier.json")["frontier"]
+    assert [point["active_share"] for point in points] == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=0.06)
 
 
 def test_the_check_notices_a_wrong_folder(tiny_checkpoint: Maker, tmp_path: Path, text_file: Path) -> None:

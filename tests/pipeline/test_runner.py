@@ -74,7 +74,7 @@ def test_the_ledger_says_what_came_from_what(config: RunConfig, run: Run) -> Non
     carve = records["carve"]
     assert carve.parents == (f"source-{carve.inputs['dense']['content'][:12]}", records["profile"].id)
     assert records["calibrate"].inputs["dynamic"]["id"] == records["finetune"].id  # the newest of its kind
-    assert carve.config == {"blocks": 8, "carve": asdict(config.carve)}
+    assert carve.config == {"blocks": 64, "carve": asdict(config.carve)}
     assert carve.metrics == {"steps": 8, "loss": 2.5}
     assert {"python", "dynaconv", "torch", "transformers"} <= set(carve.versions)
     assert carve.seconds >= 0
@@ -100,7 +100,7 @@ def test_stale_names_the_field_and_touches_nothing(config: RunConfig, run: Run) 
     go(config, run)
     before = tree(run.path)
     changed = replace(config, blocks=16)
-    with pytest.raises(StaleArtifactError, match="blocks: 8 -> 16") as caught:
+    with pytest.raises(StaleArtifactError, match="blocks: 64 -> 16") as caught:
         go(changed, run)
     assert "--redo carve" in str(caught.value)
     assert FakeStage.calls == []
@@ -168,7 +168,7 @@ def test_a_failing_stage_leaves_the_run_as_it_was(config: RunConfig, run: Run, m
     assert not list(run.path.glob(".staging-*"))
     assert (run.path / ".work" / "02-carve" / "state.json").exists()
     assert "too small" in (run.logs / "carve.log").read_text()
-    config.blocks = 8
+    config.blocks = 64
     assert go(config, run) == []
 
 
