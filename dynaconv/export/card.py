@@ -41,8 +41,8 @@ def model_card(layout: Layout, parent: str, training: Mapping[str, Any]) -> str:
         f"# {parent} with a dial",
         "",
         f"Made from `{parent}` by dynaconv {__version__}. Its feed-forward networks are cut into {layout.blocks} "
-        "blocks of neurons, and a router in each layer says how many of them a token uses. With every block on, it is "
-        "a plain dense checkpoint.",
+        f"blocks of neurons, and a router in each layer says {'which' if layout.routed else 'how many'} of them a "
+        "token uses. With every block on, it is a plain dense checkpoint.",
         "",
         "## Use",
         "",

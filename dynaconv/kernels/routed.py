@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import reduce
-from itertools import groupby
+from itertools import groupby, pairwise
 from operator import or_
 
 import torch
@@ -25,6 +25,10 @@ from torch.nn.functional import linear
 from dynaconv.kernels.cpu import neurons, no_blocks, step_cost
 from dynaconv.kernels.reference import blocks_on
 from dynaconv.kernels.weights import FFNWeights
+
+GAP = 384
+"""Columns of down that are read in the time that beginning another piece takes: its rows lie on pages of their own.
+Found at D 2048, F 8192, one token, fp32: with pieces of 128 to 512 columns, beginning one costs 320 to 500."""
 
 
 @torch.no_grad()
@@ -40,16 +44,16 @@ def union_ffn(x: torch.Tensor, masks: torch.Tensor, weights: FFNWeights, edges: 
     Returns:
         ``(M, D)``, always a new tensor. Nothing is recorded for gradients.
     """
-    union, off = reduce(or_, masks.tolist(), 0), None
-    if len(x) > 1:
-        off = ~blocks_on(masks, len(edges) - 1)
+    blocks, union = len(edges) - 1, reduce(or_, masks.tolist(), 0)
+    off = None if len(x) == 1 else ~blocks_on(masks, blocks)
     total: torch.Tensor | None = None
-    for first, end in runs(union, len(edges) - 1):
-        start, stop = edges[first], edges[end]
-        hidden = neurons(x, weights, start, stop)
+    for piece in pieces([(edges[first], edges[end]) for first, end in runs(union, blocks)]):
+        start, stop = piece[0][0], piece[-1][1]
+        hidden = x.new_zeros(len(x), stop - start) if len(piece) > 1 else x.new_empty(len(x), stop - start)
+        for a, b in piece:
+            neurons(x, weights, a, b, out=hidden[:, a - start : b - start])
         if off is not None:
-            for block in range(first, end):
-                hidden[:, edges[block] - start : edges[block + 1] - start].masked_fill_(off[:, block, None], 0)
+            _clear(hidden, off, edges, start, stop)
         down = weights.down.narrow(1, start, stop - start)
         total = linear(hidden, down, weights.down_bias) if total is None else total.addmm_(hidden, down.t())
     return no_blocks(x, weights) if total is None else total
@@ -88,3 +92,21 @@ def runs(mask: int, blocks: int) -> Iterator[tuple[int, int]]:
         if used:
             run = list(members)
             yield run[0], run[-1] + 1
+
+
+def pieces(used: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Runs of neurons ``[start, stop)`` in order, those together that lie no more than :data:`GAP` apart."""
+    joined: list[list[tuple[int, int]]] = []
+    for run in used:
+        if joined and run[0] - joined[-1][-1][1] <= GAP:
+            joined[-1].append(run)
+        else:
+            joined.append([run])
+    return joined
+
+
+def _clear(hidden: torch.Tensor, off: torch.Tensor, edges: Sequence[int], start: int, stop: int) -> None:
+    """Puts to zero what tokens computed of blocks that are ``off`` (M, N) for them, in neurons [start, stop)."""
+    for block, (a, b) in enumerate(pairwise(edges)):
+        if start <= a < stop:
+            hidden[:, a - start : b - start].masked_fill_(off[:, block, None], 0)

@@ -10,7 +10,7 @@ from ffn_networks import random_edges, random_network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynaconv.kernels import cpu, dispatch
+from dynaconv.kernels import cpu, dispatch, routed
 from dynaconv.kernels.dispatch import decide_routed, routed_ffn
 from dynaconv.kernels.reference import bit_masks, block_ffn, blocks_on
 from dynaconv.kernels.routed import grouped_ffn, grouping_pays, runs, union_ffn
@@ -32,10 +32,12 @@ def random_masks(tokens: int, blocks: int, share: float = 0.5) -> torch.Tensor:
     return bit_masks(torch.rand(tokens, blocks) < share)
 
 
+@pytest.mark.parametrize("gap", [0, 3, 10**6])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("blocks", [1, 5, 64])
-def test_odd_shapes(gated: bool, bias: bool, blocks: int) -> None:
+def test_odd_shapes(gated: bool, bias: bool, blocks: int, gap: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routed, "GAP", gap)
     torch.manual_seed(blocks)
     weights, edges = random_network(D, F, gated=gated, bias=bias), random_edges(F, blocks)
     for tokens in range(1, 18):
@@ -86,6 +88,14 @@ def test_steps_are_weighed_against_arithmetic(cost: int, kernel: str, monkeypatc
     everything = random_masks(40, 5, 1.0)
     assert decide_routed(x, everything, weights, edges).kernel == "union", "there is nothing to leave out"
     torch.testing.assert_close(routed_ffn(x, masks, weights, edges), block_ffn(x, masks, weights, edges), **EXACT)
+
+
+def test_pieces_are_joined_over_small_gaps() -> None:
+    assert routed.pieces([(0, 10), (10 + routed.GAP, 900), (901 + routed.GAP, 2000)]) == [
+        [(0, 10), (10 + routed.GAP, 900)],
+        [(901 + routed.GAP, 2000)],
+    ]
+    assert routed.pieces([]) == []
 
 
 def test_no_tokens_and_gradients() -> None:
