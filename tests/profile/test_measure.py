@@ -1,6 +1,7 @@
 """What is measured of a layer equals what the stock model shows to hooks, and padding never counts."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,21 +11,31 @@ from transformers import AutoModelForCausalLM
 from dynaconv.arch.blocks import block_edges
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.data.windows import Batch
-from dynaconv.dynamic.curves import log_errors, relative_errors
-from dynaconv.profile.accumulators import LOWEST
-from dynaconv.profile.measure import Sample, Tap, measure_layer, ranking
+from dynaconv.dynamic.curves import log_errors, log_norms, relative_errors
+from dynaconv.profile.accumulators import LOWEST, Coactivation
+from dynaconv.profile.clusters import expert_order
+from dynaconv.profile.measure import Sample, Tap, measure_layer, random_signs, ranking
 from dynaconv.profile.streaming import LayerStream
 
 CPU = torch.device("cpu")
 EDGES = block_edges(96, 4)
 
 
-def measured(folder, sample: Sample, order: str = "importance", weights=None) -> list[dict[str, torch.Tensor]]:
+def measured(
+    folder, sample: Sample, order: str = "importance", weights=None, experts: str = "nested"
+) -> list[dict[str, torch.Tensor]]:
     stream = LayerStream(Checkpoint.open(folder), CPU)
     hidden = stream.embed(sample.batches)
     return [
         measure_layer(
-            stream, i, hidden, sample, order=order, edges=EDGES, weights=None if weights is None else weights[i]
+            stream,
+            i,
+            hidden,
+            sample,
+            order=order,
+            edges=block_edges(96, 4, experts),
+            experts=experts,
+            weights=None if weights is None else weights[i],
         )
         for i in range(stream.checkpoint.layers)
     ]
@@ -92,13 +103,39 @@ def test_statistics_equal_what_hooks_on_the_stock_model_see(family: str, tiny_ch
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_never_counts(family: str, tiny_checkpoint) -> None:
+def test_statistics_of_experts_equal_what_hooks_see(family: str, tiny_checkpoint) -> None:
+    folder, edges = tiny_checkpoint(family), block_edges(96, 4, "routed")
+    text = [padded(documents()[:4]), padded(documents()[4:])]
+    sample, signs = Sample.of(text, 1.0), torch.cat([random_signs(batch) for batch in text])
+    predicts = torch.cat([mask[batch.attention_mask] for mask, batch in zip(sample.curve_masks, text, strict=True)])
+    by_layer = zip(
+        measured(folder, sample, experts="routed"), by_hooks(folder, text), down_weights(folder), strict=True
+    )
+    for found, (x, h), down in by_layer:
+        together, sizes = Coactivation(96), down.norm(dim=0)
+        together.add(h, sizes, signs)
+        assert torch.equal(found["order"], expert_order(together.features(), h.abs().mean(0) * sizes, 4))
+        x, h, down = x[predicts], h[predicts][:, found["order"]], down[:, found["order"]]
+        added = torch.stack([h[:, a:b] @ down[:, a:b].T for a, b in pairwise(edges)], 1)
+        targets = log_norms(added.norm(dim=-1))
+        features = torch.cat([x, torch.ones(len(x), 1)], 1)
+        torch.testing.assert_close(found["feature_target"], features.T @ targets, rtol=1e-3, atol=1e-2)
+        falling = added.norm(dim=-1).argsort(dim=1, descending=True)
+        best = added.gather(1, falling[..., None].expand_as(added))[:, :2].sum(1)
+        lost = (best - added.sum(1)).norm(dim=-1) / added.sum(1).norm(dim=-1)
+        torch.testing.assert_close(found["curve_mean"][2], lost.mean(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("experts", ["nested", "routed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_never_counts(family: str, experts: str, tiny_checkpoint) -> None:
     folder = tiny_checkpoint(family)
     together = Sample.of([padded(documents(), 40)], 1.0)
     apart = Sample.of([Batch(document[None]) for document in documents()], 1.0)
     assert (together.tokens, together.curve_tokens) == (apart.tokens, apart.curve_tokens)
     assert together.tokens == sum(len(document) for document in documents())
-    for one, other in zip(measured(folder, together), measured(folder, apart), strict=True):
+    both = (measured(folder, sample, experts=experts) for sample in (together, apart))
+    for one, other in zip(*both, strict=True):
         for name in one:
             torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-4)
 
