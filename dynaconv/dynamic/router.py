@@ -157,9 +157,9 @@ def solve_level(
         return low, high
 
     bottom, top = router.level_range()
-    _, level = jump(bottom, top, lambda share: share >= budget)
+    _, level = jump(bottom, top, lambda got: got >= budget)
     reached = spent(level)
     if reached >= 1:
         return level
-    below, _ = jump(level, top, lambda share: share > reached)
+    below, _ = jump(level, top, lambda got: got > reached)
     return (level + below) / 2

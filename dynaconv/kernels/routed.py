@@ -1,7 +1,7 @@
 """Inference on a CPU where each token has blocks of its own choice. Ships with every exported model.
 
 Weights are used where they lie: a block is a slice of the rows of gate and up and of the columns of down. Both kernels
-read no block that no token uses, and differ in what they compute of the others:
+read no block that no token uses, but for columns of down in small gaps, and differ in what they compute of the others:
 
 * ``union_ffn``: every token gets every block that some token uses, then what a token did not ask for is put to zero.
   For one token that is exactly its own blocks; for a few, arithmetic in vain is cheaper than further steps.
