@@ -3,7 +3,7 @@
 Every accumulator is a few tensors that add up, among them the number of tokens, so that they can be saved, loaded and
 merged across batches or processes by the same three lines.
 
-Shapes: M tokens, D residual width, F neurons, N blocks, S random directions.
+Shapes: M tokens, D residual width, F neurons, N blocks.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from dynaconv.ranks import Ranks
 QUANTILES = (0.1, 0.5, 0.9)
 BINS = 1024
 LOWEST, HIGHEST = 1e-4, 1e2  # relative errors outside are counted at these ends
-SKETCH = 1024  # random directions
-MARKED = 0.125  # share of its neurons that a token marks
 ROWS = 256  # tokens whose absolute values fit a cache: ten times faster than all at once
 
 
@@ -84,33 +82,6 @@ class ActivationMean(Sums):
     def mean(self) -> torch.Tensor:
         """``(F,)`` float32, zeros when nothing was gathered."""
         return (self.sums["total"] / max(1, self.tokens)).float()
-
-
-class Coactivation(Sums):
-    """Which neurons matter to the same tokens, in S numbers a neuron, however many tokens there are.
-
-    Each token marks the neurons that add most to its output (as in CMoE, arXiv 2502.04416); each neuron's row of marks
-    is projected on random directions. Cosines between the rows of :meth:`features` are those between the rows of marks
-    but for an error of about 1 / sqrt(S) (Johnson and Lindenstrauss, 1984).
-    """
-
-    def __init__(self, neurons: int, size: int = SKETCH, device: torch.device | str = "cpu") -> None:
-        super().__init__(total=torch.zeros((neurons, size), device=device))
-
-    def add(self, hidden: torch.Tensor, sizes: torch.Tensor, signs: torch.Tensor) -> None:
-        """Gathers ``(M, F)`` activations of neurons whose down columns have norms ``(F,)``.
-
-        ``signs`` (M, S) are the tokens' coordinates in the random directions.
-        """
-        self.sums["tokens"] += hidden.shape[0]
-        for rows, drawn in zip(torch.split(hidden, ROWS), torch.split(signs, ROWS), strict=True):
-            most = (rows.abs() * sizes).topk(max(1, round(MARKED * rows.shape[1])), dim=1).indices
-            marks = torch.zeros(rows.shape, device=rows.device).scatter_(1, most, 1.0)
-            self.sums["total"].addmm_(marks.t(), drawn.to(rows.device, torch.float32))
-
-    def features(self) -> torch.Tensor:
-        """``(F, S)`` float32."""
-        return self.sums["total"]
 
 
 class CurveStatistics(Sums):

@@ -11,7 +11,7 @@ from dynaconv.artifacts.files import size_text
 from dynaconv.config import RunConfig
 from dynaconv.dynamic.curves import PARTS
 from dynaconv.pipeline.stage import Estimate
-from dynaconv.profile.accumulators import SKETCH
+from dynaconv.profile.clusters import SAMPLED
 from dynaconv.profile.loss_aware import TOKENS as BACKWARD_TOKENS
 from dynaconv.profile.statistics import layout_bytes, tensor_layout
 from dynaconv.profile.streaming import HEAD_BYTES, PIECE, READ_BYTES
@@ -40,8 +40,6 @@ def profile_estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
     forward = 2.0 * (layers * (ffn + attention) + checkpoint.head_parameters)
     again = 2.0 * layers * (ffn + (sizes["residual"] + 1) ** 2)  # the FFN of pass B, and the second moments
     flops = tokens * forward + curve_tokens * again
-    if config.experts == "routed":
-        flops += 2.0 * layers * tokens * sizes["ffn"] * SKETCH
     if config.profile.loss_aware:
         phases["backward pass"] = WORD * checkpoint.parameters + _backward_bytes(config, checkpoint)
         flops += 2 * curve_tokens * forward  # forward, and the half of a backward pass that reaches activations
@@ -102,11 +100,11 @@ def _layer_bytes(checkpoint: Checkpoint, curve_tokens: int) -> int:
 
 
 def _cluster_bytes(config: RunConfig, checkpoint: Checkpoint) -> int:
-    """Where experts are routed: the sketch, its rows normalised and their similarities twice, or what blocks add."""
+    """Where experts are routed: the sample twice and similarities twice, or what blocks add."""
     if config.experts != "routed":
         return 0
     neurons = checkpoint.sizes["ffn"]
-    return WORD * (neurons * (2 * SKETCH + 2 * config.blocks) + 4 * PARTS)
+    return WORD * (neurons * (2 * SAMPLED + 2 * config.blocks) + 4 * PARTS)
 
 
 def _backward_bytes(config: RunConfig, checkpoint: Checkpoint) -> int:

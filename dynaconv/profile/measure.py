@@ -12,7 +12,6 @@ M tokens, B batch, T tokens in a window, D residual width, F FFN width, N blocks
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,9 +25,9 @@ from dynaconv.dynamic.curves import contributions, log_errors, log_norms, relati
 from dynaconv.dynamic.projections import ffn_weights
 from dynaconv.kernels.reference import hidden_neurons
 from dynaconv.kernels.weights import FFNWeights
-from dynaconv.profile.accumulators import SKETCH, ActivationMean, Coactivation, CurveStatistics, RidgeStatistics
+from dynaconv.profile.accumulators import ActivationMean, CurveStatistics, RidgeStatistics
 from dynaconv.profile.calibration import own_rows
-from dynaconv.profile.clusters import expert_order
+from dynaconv.profile.clusters import Coactivation, expert_order
 from dynaconv.profile.streaming import LayerStream, predicting
 from dynaconv.ranks import Ranks
 
@@ -72,6 +71,11 @@ class Sample:
         masks = [mask[slice(*ranks.rows(len(mask)))] for mask in self.curve_masks]
         batches = own_rows(self.batches, ranks, what="profile.batch_size")
         return Sample(batches, [mask for mask in masks if len(mask)])
+
+    def windows(self, ranks: Ranks | None = None) -> int:
+        """Windows of all ranks."""
+        own = torch.tensor(sum(len(batch.input_ids) for batch in self.batches))
+        return int(own if ranks is None else ranks.sum(own))
 
     @property
     def tokens(self) -> int:
@@ -149,19 +153,18 @@ def measure_layer(
         ffn = stream.ffn(layer)
         stock = ffn_weights(ffn, spec.gate, spec.up, spec.down, stream.activation)
         sizes = torch.linalg.vector_norm(stock.down, dim=0, dtype=torch.float32)
-        seen = _run(stream, index, layer, hidden, sample, sizes, experts == "routed", finished)
+        together = Coactivation(sizes, sample.windows(ranks)) if experts == "routed" else None
+        activation, kept = _run(stream, index, layer, hidden, sample, together, finished)
         if ranks is not None:
-            seen.activation.gather(ranks)
-            if seen.sketch is not None:
-                seen.sketch.gather(ranks)
-        mean = seen.activation.mean()
+            activation.gather(ranks)
+        mean = activation.mean()
         importance = mean * sizes
-        if seen.sketch is None:
+        if together is None:
             ranked = ranking(importance, order)
         else:
-            ranked = expert_order(seen.sketch.features(), importance, len(edges) - 1).to(stream.device)
+            ranked = expert_order(together.features(ranks), importance, len(edges) - 1).to(stream.device)
         ordered = ordered_weights(stock, ranked)
-        curves, ridge = measure_curves(seen.inputs, ordered, edges, experts, weights)
+        curves, ridge = measure_curves(kept, ordered, edges, experts, weights)
         if ranks is not None:
             curves, ridge = curves.gather(ranks), ridge.gather(ranks)
     measured = {
@@ -232,54 +235,30 @@ def ordered_weights(stock: FFNWeights, order: Tensor) -> FFNWeights:
     )
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What pass A leaves.
-
-    Attributes:
-        activation: Mean |activation|.
-        sketch: Which neurons matter to the same tokens, where experts are to be clustered.
-        inputs: The FFN's input (M, D) at the curve tokens of each batch.
-    """
-
-    activation: ActivationMean
-    sketch: Coactivation | None
-    inputs: list[Tensor]
-
-
 def _run(
     stream: LayerStream,
     index: int,
     layer: nn.Module,
     hidden: list[Tensor],
     sample: Sample,
-    sizes: Tensor,
-    clustered: bool,
+    together: Coactivation | None,
     finished: Callable[[Batch], None],
-) -> Seen:
-    """Pass A over neurons whose down columns have norms ``sizes``."""
-    activation, kept = ActivationMean(len(sizes), stream.device), list[Tensor]()
-    sketch = Coactivation(len(sizes), device=stream.device) if clustered else None
+) -> tuple[ActivationMean, list[Tensor]]:
+    """Pass A: mean |activation|, and the FFN's input (M, D) at the curve tokens of each batch.
+
+    ``together`` samples tokens where experts are to be clustered.
+    """
+    activation, kept = ActivationMean(stream.checkpoint.sizes["ffn"], stream.device), list[Tensor]()
     with Tap.on(stream.ffn(layer), stream.checkpoint.family.ffn) as tap:
         for i, (batch, mask) in enumerate(zip(sample.batches, sample.curve_masks, strict=True)):
             hidden[i] = stream.advance(index, layer, hidden[i], batch)
             real = batch.attention_mask
             active = tap.hidden if real is None else tap.hidden[real.flatten().to(stream.device)]
             activation.add(active)
-            if sketch is not None:
-                sketch.add(active, sizes, random_signs(batch))
+            if together is not None:
+                together.add(active, batch)
             if bool(mask.any()):
                 kept.append(tap.x[mask.flatten().to(stream.device)])
             del tap.x, tap.hidden, active  # or they would stand in memory beside the next batch's
             finished(batch)
-    return Seen(activation, sketch, kept)
-
-
-def random_signs(batch: Batch, size: int = SKETCH) -> Tensor:
-    """(M, S) of -1 and 1 for the real tokens, drawn by each window's own: who computes which window does not matter."""
-    drawn = []
-    for row, window in enumerate(batch.input_ids.cpu()):
-        ids = window if batch.attention_mask is None else window[batch.attention_mask[row].cpu()]
-        generator = torch.Generator().manual_seed(zlib.crc32(ids.numpy().tobytes()))
-        drawn.append(torch.randint(0, 2, (len(ids), size), generator=generator, dtype=torch.int8) * 2 - 1)
-    return torch.cat(drawn)
+    return activation, kept

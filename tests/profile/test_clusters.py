@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynaconv.data.windows import Batch
-from dynaconv.profile.accumulators import Coactivation
-from dynaconv.profile.clusters import balanced_clusters, deferred_acceptance, expert_order
-from dynaconv.profile.measure import random_signs
+from dynaconv.profile import clusters
+from dynaconv.profile.clusters import Coactivation, balanced_clusters, deferred_acceptance, expert_order, sampled
+from dynaconv.ranks import Ranks
 
 
 @settings(max_examples=60, deadline=None)
@@ -35,20 +35,25 @@ def planted(neurons: int = 96, clusters: int = 6, tokens: int = 600) -> tuple[to
     return noise * (0.1 + 2.0 * (owner == excited[:, None])), owner
 
 
-def test_planted_experts_are_found_in_a_sketch() -> None:
+def sample_of(hidden: torch.Tensor) -> torch.Tensor:
+    """Features of activations that come in two batches of windows of 60 tokens."""
+    together, batches = Coactivation(torch.ones(96), 10), torch.arange(600).view(2, 5, 60)
+    for rows, ids in zip(hidden.chunk(2), batches, strict=True):
+        together.add(rows, Batch(ids))
+    return together.features()
+
+
+def test_planted_experts_are_found() -> None:
     hidden, owner = planted()
-    sketch = Coactivation(96)
-    sketch.add(hidden, torch.ones(96), random_signs(Batch(torch.arange(600).view(10, 60))))
-    found = balanced_clusters(sketch.features(), 6)
+    found = balanced_clusters(sample_of(hidden), 6)
     together = found[:, None] == found
     assert float((together == (owner[:, None] == owner)).float().mean()) > 0.99
 
 
 def test_experts_lie_in_order_of_importance() -> None:
     hidden, owner = planted()
-    sketch, importance = Coactivation(96), torch.rand(96, generator=torch.Generator().manual_seed(1))
-    sketch.add(hidden, torch.ones(96), random_signs(Batch(torch.arange(600).view(10, 60))))
-    order = expert_order(sketch.features(), importance, 6)
+    importance = torch.rand(96, generator=torch.Generator().manual_seed(1))
+    order = expert_order(sample_of(hidden), importance, 6)
     assert torch.equal(order.sort().values, torch.arange(96))
     blocks = order.view(6, 16)
     assert all(len(owner[block].unique()) == 1 for block in blocks)
@@ -57,33 +62,17 @@ def test_experts_lie_in_order_of_importance() -> None:
     assert bool((importance[blocks].diff(dim=1) <= 0).all())
 
 
-def test_signs_are_the_windows_own() -> None:
+def test_windows_are_sampled_by_their_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.randint(0, 99, (3, 8))
-    both = random_signs(Batch(ids))
-    assert torch.equal(both[8:16], random_signs(Batch(ids[1:2])))
-    assert set(both.unique().tolist()) == {-1, 1}
-    mask = torch.arange(8) < torch.tensor([8, 5, 8])[:, None]
-    padded = random_signs(Batch(ids, mask))
-    assert len(padded) == 21
-    assert torch.equal(padded[8:13], random_signs(Batch(ids[1:2, :5]))), "padding changes nothing"
-    assert float(both.float().mean().abs()) < 0.1
-
-
-def test_a_sketch_counts_who_is_most_active(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, sizes = torch.randn(40, 24), torch.rand(24) + 0.1
-    signs = random_signs(Batch(torch.arange(40)[None]))
-    whole, parts = Coactivation(24), Coactivation(24)
-    whole.add(hidden, sizes, signs)
-    for start in (0, 15):
-        stop = 15 if start == 0 else 40
-        parts.merge(_added(hidden[start:stop], sizes, signs[start:stop]))
-    marked = torch.zeros(40, 24)
-    marked.scatter_(1, (hidden.abs() * sizes).topk(3, dim=1).indices, 1.0)
-    torch.testing.assert_close(whole.features(), marked.T @ signs.float())
-    torch.testing.assert_close(parts.features(), whole.features())
-
-
-def _added(hidden: torch.Tensor, sizes: torch.Tensor, signs: torch.Tensor) -> Coactivation:
-    made = Coactivation(hidden.shape[1])
-    made.add(hidden, sizes, signs)
-    return made
+    both = sampled(Batch(ids), 4)
+    assert [int(((both >= 8 * row) & (both < 8 * row + 8)).sum()) for row in range(3)] == [4, 4, 4]
+    assert torch.equal(both[4:8] - 8, sampled(Batch(ids[1:2]), 4)), "the others in the batch do not matter"
+    padded = sampled(Batch(ids, torch.arange(8) < torch.tensor([8, 3, 8])[:, None]), 4)
+    assert torch.equal(padded[4:7], torch.tensor([8, 9, 10])), "all there are"
+    assert torch.equal(padded[7:], both[8:] - 5), "places count real tokens"
+    monkeypatch.setattr(clusters, "SAMPLED", 10)
+    hidden, sizes = torch.randn(24, 7), torch.rand(7)
+    together = Coactivation(sizes, 3)
+    together.add(hidden, Batch(ids))
+    assert torch.equal(together.features(), (hidden[both].abs() * sizes).t())
+    assert torch.equal(together.features(Ranks.single("cpu")), together.features())
