@@ -14,6 +14,7 @@ from dynaconv.kernels import cpu, dispatch, routed
 from dynaconv.kernels.dispatch import decide_routed, routed_ffn
 from dynaconv.kernels.reference import bit_masks, block_ffn, blocks_on
 from dynaconv.kernels.routed import grouped_ffn, grouping_pays, runs, union_ffn
+from dynaconv.kernels.weights import FFNWeights
 
 D, F = 63, 77
 EXACT = {"rtol": 0.0, "atol": 1e-12}
@@ -45,6 +46,19 @@ def test_odd_shapes(gated: bool, bias: bool, blocks: int, gap: int, monkeypatch:
         expected = block_ffn(x, masks, weights, edges)
         for kernel in (union_ffn, grouped_ffn, routed_ffn):
             torch.testing.assert_close(kernel(x, masks, weights, edges), expected, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_added_up_in_single(dtype: torch.dtype) -> None:
+    weights, edges, x = random_network(64, 512, dtype=dtype), tuple(range(0, 513, 8)), torch.randn(40, 64).to(dtype)
+    masks = random_masks(40, 64)
+    exact = FFNWeights(*(one.float() if isinstance(one, torch.Tensor) else one for one in weights))
+    expected = block_ffn(x.float(), masks, exact, edges)
+    for kernel in (union_ffn, grouped_ffn):
+        found = kernel(x, masks, weights, edges)
+        assert found.dtype == dtype
+        error = (found.float() - expected).norm() / expected.norm()
+        assert float(error) < 4 * torch.finfo(dtype).eps, kernel
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
