@@ -92,7 +92,9 @@ def staircase_ffn(x: torch.Tensor, widths: torch.Tensor, weights: FFNWeights, ed
     steps = stairs(sorted(widths.tolist(), reverse=True), edges)
     if not steps:
         return no_blocks(x, weights)
-    shapes = _few_shapes(steps, len(x)) if x.dtype in STEP_COST else steps
+    shapes = steps
+    if x.dtype in STEP_COST:
+        shapes = [step._replace(rows=few_counts(step.rows, len(x))) for step in steps]
     slack = step_cost(x.dtype) // x.shape[1]  # in row-neurons of one matrix product
     inner, outer = merge(shapes, slack if weights.gate is None else slack // 2), merge(shapes, slack)
     if len(inner) == 1 and len(x) <= CLEARED_ROWS:
@@ -156,19 +158,15 @@ def merge(steps: Sequence[Step], slack: int) -> list[Step]:
     return joined
 
 
-def _few_shapes(steps: Sequence[Step], rows: int) -> list[Step]:
-    """``steps`` with their row counts rounded up to 8, 12, 16 ... 64, then to 8 sizes an octave, at most ``rows``.
+def few_counts(count: int, rows: int) -> int:
+    """``count`` rounded up to 8, 12, 16 ... 64, then to 8 sizes an octave, at most ``rows``.
 
     In half precision oneDNN compiles a kernel for every new shape, which takes about a millisecond: as long as the
     product of 1024 neurons and 80 rows. Left alone, a staircase would go on bringing new counts. Below 8 rows the time
     goes into reading the weights, so that more rows are almost free: a batch of 8 becomes one step.
     """
-
-    def round_up(count: int) -> int:
-        grain = 8 if count <= 8 else max(4, 1 << count.bit_length() >> 4)
-        return min(rows, -(-count // grain) * grain)
-
-    return [step._replace(rows=round_up(step.rows)) for step in steps]
+    grain = 8 if count <= 8 else max(4, 1 << count.bit_length() >> 4)
+    return min(rows, -(-count // grain) * grain)
 
 
 def _clear(hidden: torch.Tensor, steps: Sequence[Step], plan: Sequence[Step]) -> None:

@@ -20,9 +20,10 @@ from itertools import groupby, pairwise
 from operator import or_
 
 import torch
+from torch.nn import functional
 from torch.nn.functional import linear
 
-from dynaconv.kernels.cpu import neurons, no_blocks, step_cost
+from dynaconv.kernels.cpu import STEP_COST, few_counts, neurons, no_blocks, step_cost
 from dynaconv.kernels.reference import blocks_on
 from dynaconv.kernels.weights import FFNWeights
 
@@ -74,8 +75,11 @@ def grouped_ffn(x: torch.Tensor, masks: torch.Tensor, weights: FFNWeights, edges
             total += linear(neurons(x, weights, start, stop), down)
         elif count:
             rows = on[:, block].nonzero()[:, 0]
-            hidden = neurons(x.index_select(0, rows), weights, start, stop)
-            total.index_add_(0, rows, linear(hidden, down).to(total.dtype))
+            taken = rows
+            if x.dtype in STEP_COST:  # the first row again, for nothing
+                taken = functional.pad(rows, (0, few_counts(count, len(x)) - count))
+            added = linear(neurons(x.index_select(0, taken), weights, start, stop), down)
+            total.index_add_(0, rows, added[:count].to(total.dtype))
     return total.to(x.dtype)
 
 
