@@ -60,6 +60,8 @@ def recipes(
     if name is not None:
         say(find(name).path.read_text(encoding="utf-8").rstrip())
         return
-    for recipe in available().values():
-        say(f"{recipe.name:<16}{recipe.summary}")
+    shipped = available()
+    longest = max(map(len, shipped))
+    for recipe in shipped.values():
+        say(f"{recipe.name:<{longest}}  {recipe.summary}")
     say("\nPrint one with `dynaconv recipes NAME`; copy, change and use it with `--recipe FILE`.")

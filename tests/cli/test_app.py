@@ -115,7 +115,7 @@ def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
 
 def test_recipes_are_listed_and_printed(dynaconv: Callable) -> None:
     listed = dynaconv("recipes").out
-    assert all(name in listed for name in dynaconv_recipes())
+    assert all(f"{name} " in listed for name in dynaconv_recipes()), "each name stands apart from what it does"
     assert dynaconv("recipes", "smoke").out.strip() == dynaconv_recipes()["smoke"].path.read_text().strip()
     ran = dynaconv("recipes", "smok")
     assert (ran.code, ran.out) == (2, "")
