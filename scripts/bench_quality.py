@@ -285,7 +285,7 @@ def score_copy(table: Rows, folder: Path, measure: Any, batches: list[Batch]) ->
         table.row(weights, "uniform width", share, measure(model, partial(uniform, model, share)))
         if model.layout.router.kind != "none":
             score_routed(table, model, share, measure, batches)
-        if weights in ("routed", "nested", "nested-uniform") and table.copy.seed == 0:
+        if weights in ("nested", "nested-uniform") and table.copy.seed == 0:
             with oracle_routers(model):
                 table.row(weights, "label oracle", share, measure(model, partial(routed, model, batches, share)))
 
