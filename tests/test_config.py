@@ -127,7 +127,7 @@ def test_all_mistakes_at_once() -> None:
     ],
 )
 def test_fields_that_do_not_go_together(changes: dict[str, Any], named: str) -> None:
-    config = RunConfig()
+    config = RunConfig(experts="nested")
     for name, value in changes.items():
         put(config, name, value)
     (sentence,) = problems(config)
@@ -136,7 +136,7 @@ def test_fields_that_do_not_go_together(changes: dict[str, Any], named: str) -> 
 
 @pytest.mark.parametrize("router", ["gate", "uniform"])
 def test_losses_that_leave_nothing_to_learn_from(router: str) -> None:
-    config = RunConfig()
+    config = RunConfig(experts="nested")
     config.finetune.router = router
     config.finetune.losses.distill.weight = 0.0
     assert len(problems(config)) == (router == "gate"), "dense training needs no dial; a gate router does"
@@ -146,7 +146,7 @@ def test_losses_that_leave_nothing_to_learn_from(router: str) -> None:
 
 
 def test_a_step_needs_something_to_train() -> None:
-    config = RunConfig()
+    config = RunConfig(experts="nested")
     losses = config.finetune.losses
     losses.full.after = losses.distill.after = losses.distill_full.after = 0.5
     (sentence,) = problems(config)
@@ -161,7 +161,7 @@ def test_a_step_needs_something_to_train() -> None:
 
 
 def test_routers_may_learn_from_labels_alone() -> None:
-    config = RunConfig()
+    config = RunConfig(experts="nested")
     config.finetune.router, config.finetune.trainable = "class", "routers"
     losses = config.finetune.losses
     losses.full.weight = losses.distill_full.weight = losses.distill.weight = 0.0
