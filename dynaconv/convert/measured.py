@@ -81,11 +81,6 @@ class Measured:
         """``feature_gram`` (D + 1, D + 1) and ``feature_target`` (D + 1, N), as :func:`solve_ridge` takes them."""
         return self.reader.read(f"layers.{layer}.feature_gram"), self.reader.read(f"layers.{layer}.feature_target")
 
-    def mean_target(self, layer: int) -> float:
-        """Mean of what is regressed, over tokens and blocks."""
-        gram, target = self.sums(layer)
-        return float((target[-1].double() / gram[-1, -1].double()).mean())
-
 
 def require_same(summary: Any, expected: Mapping[str, Any], where: Path, *, what: str, hint: str) -> None:
     """Stops where the summary of a measurement, read from ``where``, is not of what is ``expected``.

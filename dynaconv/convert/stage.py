@@ -94,9 +94,10 @@ def _solve_routers(measured: Measured, context: StageContext) -> dict[str, Tenso
     routers: dict[str, Tensor] = {}
     with context.progress.task("routers", total=measured.layers, unit="layers") as task:
         for layer in range(measured.layers):
-            weight, bias = solve_ridge(*measured.sums(layer), context.config.carve.ridge)
+            gram, target = measured.sums(layer)
+            weight, bias = solve_ridge(gram, target, context.config.carve.ridge)
             if context.config.experts == "routed":
-                bias -= measured.mean_target(layer)
+                bias -= (target[-1].double() / gram[-1, -1].double()).mean()
             routers[f"layers.{layer}.router.linear.weight"] = weight.float()
             routers[f"layers.{layer}.router.linear.bias"] = bias.float()
             task.advance(1)

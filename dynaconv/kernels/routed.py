@@ -36,14 +36,7 @@ Found at D 2048, F 8192, one token, fp32: with pieces of 128 to 512 columns, beg
 def union_ffn(x: torch.Tensor, masks: torch.Tensor, weights: FFNWeights, edges: Sequence[int]) -> torch.Tensor:
     """The FFN of each token restricted to its own blocks, computed on all that any of them uses.
 
-    Args:
-        x: ``(M, D)``.
-        masks: ``(M,)`` int64 bit masks, bit n for block n.
-        weights: The network.
-        edges: N + 1 neuron positions.
-
-    Returns:
-        ``(M, D)``, always a new tensor. Nothing is recorded for gradients.
+    Arguments and result as :func:`~dynaconv.kernels.dispatch.routed_ffn`; nothing is recorded for gradients.
     """
     blocks, union = len(edges) - 1, reduce(or_, masks.tolist(), 0)
     off = None if len(x) == 1 else ~blocks_on(masks, blocks)

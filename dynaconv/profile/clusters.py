@@ -4,8 +4,8 @@ After MoEfication (arXiv 2110.01786), which clusters by weights, and CMoE (arXiv
 activations: a token's large activations then fall into few clusters, and the others can be left out. Here the balanced
 assignment is the one that deferred acceptance finds (Gale and Shapley, 1962), which needs F x N numbers, not F x F.
 
-Neurons are told apart by what they add on some thousand tokens. Random projections of all tokens, the same number of
-features, were tried and told them apart less well.
+Neurons are told apart by what they add on some thousand tokens. Random projections of all tokens were tried in their
+place: as good untrained, and no better after fine-tuning.
 
 F neurons, N clusters of F / N neurons, S sampled tokens, M tokens of a batch.
 """

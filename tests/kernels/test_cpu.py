@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from ffn_networks import random_edges, random_network
@@ -15,6 +13,7 @@ from dynaconv.kernels.cpu import Step, capped_ffn, merge, prefix_ffn, staircase_
 from dynaconv.kernels.reference import block_ffn, width_masks
 from dynaconv.kernels.weights import FFNWeights
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 D, F = 63, 77
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 STEP_COSTS = {  # how float64, which the tests compute in, is treated: real costs would make one step of so few rows
@@ -24,15 +23,6 @@ STEP_COSTS = {  # how float64, which the tests compute in, is treated: real cost
     "rounded rows": {"STEP_COST": {torch.float64: 0}},
     "rounded and merged": {"STEP_COST": {torch.float64: D * 50}},
 }
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """``torch.empty`` gives NaN: what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=STEP_COSTS)
