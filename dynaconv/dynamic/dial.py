@@ -1,14 +1,14 @@
-"""The dial: how much of a model a call may use. A value, not a mode."""
+"""The dial: how much of a model a call may use. A value, not a mode. Ships with every exported model."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dynaconv.dynamic.layout import DialTable
+from dynaconv.dynamic.layout import DialTable, Layout
+from dynaconv.frontier import budget_for_quality
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Dial:
 
     Attributes:
         budget: Mean active FFN share, in (0, 1]. 1 is the full dial: the parent's own function.
-        quality: exp(parent loss - loss) to hold, in (0, 1]; turned into a budget by the calibrated frontier.
-        width: The same number of blocks for every token, from 0; needs no router and no calibration.
+        quality: exp(parent loss - loss) to hold, above 0; turned into a budget by the measured frontier.
+        width: The same number of blocks for every token, from 0; needs no calibration.
 
     Raises:
         ValueError: Not exactly one of the three is given, or it is out of its range.
@@ -34,10 +34,10 @@ class Dial:
         given = [name for name in ("budget", "quality", "width") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"a dial is one of budget, quality or width; given: {', '.join(given) or 'none'}")
-        for name in ("budget", "quality"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name} {value} is outside (0, 1]")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise ValueError(f"budget {self.budget} is outside (0, 1]")
+        if self.quality is not None and not 0 < self.quality < math.inf:
+            raise ValueError(f"quality {self.quality} is not above 0")
         if self.width is not None and self.width < 0:
             raise ValueError(f"width {self.width} is negative")
 
@@ -62,53 +62,51 @@ class Dial:
         """Whether every block is on whatever the calibration says."""
         return self.budget == 1.0
 
-    def levels(self, table: DialTable | None, layers: int) -> tuple[float, ...]:
-        """The level of each of the L layers' routers; infinite at the full dial.
+    def thresholds(self, layout: Layout) -> tuple[float, ...]:
+        """The threshold of each of the L sites' routers; minus infinity at the full dial.
 
-        Levels between two calibrated budgets are interpolated linearly, so they stay monotone in the dial.
+        Between two calibrated budgets thresholds are interpolated linearly, so they stay monotone in the dial.
 
         Raises:
-            ValueError: The model has no calibrated dial, the budget lies below the lowest calibrated one, or no
-                calibrated point reaches the quality.
+            ValueError: The model has no calibrated dial, the budget lies below the lowest calibrated one, or no measured
+                point reaches the quality.
         """
-        if self.is_full:
-            return (math.inf,) * layers
         if self.width is not None:
-            raise ValueError("a uniform width has no router level")
-        if table is None:
-            raise ValueError("this model has no calibrated dial: run `dynaconv calibrate`, or use Dial.uniform(width)")
-        budget = self.budget if self.budget is not None else budget_for_quality(table, self.quality or 1.0)
+            raise ValueError("a uniform width has no router threshold")
+        budget = self.budget if self.budget is not None else self._budget_for_quality(layout)
         if budget == 1.0:
-            return (math.inf,) * layers
-        if budget < table.budgets[0]:
-            raise ValueError(f"budget {budget:g} is below the lowest calibrated one, {table.budgets[0]:g}")
-        right = bisect_right(table.budgets, budget)
-        if right == len(table.budgets):
-            return table.levels[-1]
-        low, high = table.budgets[right - 1], table.budgets[right]
-        part = (budget - low) / (high - low)
-        return tuple(a + part * (b - a) for a, b in zip(table.levels[right - 1], table.levels[right], strict=True))
+            return (-math.inf,) * layout.layers
+        return _interpolated(_calibrated(layout.dial), budget)
+
+    def _budget_for_quality(self, layout: Layout) -> float:
+        _calibrated(layout.dial)
+        if layout.frontier is None or self.quality is None:
+            raise ValueError("this model has no measured frontier to find a quality on: run `dynaconv calibrate`")
+        points = layout.frontier.points
+        return budget_for_quality([p.budget for p in points], [p.quality for p in points], self.quality)
 
 
-def budget_for_quality(table: DialTable, quality: float) -> float:
-    """The lowest budget whose measured quality, interpolated, is at least ``quality``.
-
-    Raises:
-        ValueError: No calibrated point reaches it; names the best one.
-    """
-    points = list(zip(table.budgets, table.qualities, strict=True))
-    best = max(points, key=lambda point: point[1])
-    if best[1] < quality:
-        raise ValueError(f"no point reaches quality {quality:g}; the best is {best[1]:.4f} at budget {best[0]:g}")
-    for (low, worse), (high, better) in itertools.pairwise(points):
-        if worse >= quality:
-            return low
-        if better >= quality:
-            return low + (high - low) * (quality - worse) / (better - worse)
-    return best[0]
+def _calibrated(table: DialTable | None) -> DialTable:
+    if table is None:
+        raise ValueError("this model has no calibrated dial: run `dynaconv calibrate`, or use Dial.uniform(width)")
+    return table
 
 
-def as_dial(value: Dial | float | Sequence[Dial | float]) -> Dial | tuple[Dial, ...]:
+def _interpolated(table: DialTable, budget: float) -> tuple[float, ...]:
+    if budget < table.budgets[0]:
+        raise ValueError(f"budget {budget:g} is below the lowest calibrated one, {table.budgets[0]:g}")
+    right = bisect_right(table.budgets, budget)
+    if right == len(table.budgets):
+        return table.thresholds[-1]
+    low, high = table.budgets[right - 1], table.budgets[right]
+    part = (budget - low) / (high - low)
+    return tuple(a + part * (b - a) for a, b in zip(table.thresholds[right - 1], table.thresholds[right], strict=True))
+
+
+DialLike = Dial | float | Sequence[Dial | float]
+
+
+def as_dial(value: DialLike) -> Dial | tuple[Dial, ...]:
     """A number means a budget; a sequence means one dial a sequence of the batch."""
     if isinstance(value, Dial):
         return value

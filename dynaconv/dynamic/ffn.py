@@ -1,75 +1,139 @@
-"""A feed-forward network used block by block. B batch, T tokens, D residual width, F FFN width, N blocks."""
+"""A feed-forward network used block by block. Ships with every exported model.
+
+B sequences, T tokens, D residual width, F FFN width, N blocks.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from dynaconv.dynamic.context import current_policy, current_trace
-from dynaconv.dynamic.layout import FFNLayout, RouterLayout
-from dynaconv.dynamic.projections import Inline, Opening, Passing, ffn_weights, inline_class, projection
-from dynaconv.dynamic.router import Router
-from dynaconv.kernels.dispatch import nested_ffn, routed_ffn
-from dynaconv.kernels.reference import bit_masks
-from dynaconv.kernels.weights import FFNWeights
+from dynaconv.dynamic.call import Call
+from dynaconv.dynamic.layout import FFNLayout
+from dynaconv.dynamic.policy import Decision
+from dynaconv.dynamic.projections import (
+    Between,
+    Handover,
+    Inline,
+    Opening,
+    Passing,
+    device_of,
+    ffn_weights,
+    inline_class,
+    is_plain,
+    projection,
+    rebind,
+)
+from dynaconv.dynamic.recorder import Record
+from dynaconv.dynamic.routers.base import Router
+from dynaconv.dynamic.site import Site
+from dynaconv.kernels.blocks import BlockedFFN
+from dynaconv.kernels.choice import Choice, Soft
+from dynaconv.kernels.dispatch import Decision as BackendDecision
+from dynaconv.kernels.dispatch import blocked_ffn, decide
+from dynaconv.kernels.op import compiled_ffn, register_activation
+from dynaconv.kernels.reference import select
 
 
 class DynamicFFN(nn.Module):
     """Computes with the projections of a stock module, which keep their names, so tensor names stay the parent's.
 
-    Without a policy, or at the full dial, it computes what the stock module computes. :meth:`install` puts it to work.
+    Outside of a call, or at the full dial, it computes what the stock module computes. :meth:`install` puts it to work.
 
     Args:
         owner: The stock FFN, or the decoder layer where the projections lie in it directly.
-        layer: Index of the decoder layer.
-        edges: N + 1 neuron positions of the blocks.
-        ffn: Names of the projections.
+        site: Which one it is, and its blocks.
+        names: Of the projections.
         activation: The nonlinearity.
-        router: What the router is.
+        activation_name: What ``config.json`` calls it.
+        router: Makes the site's router, from D.
+        call: Of the model it belongs to.
     """
 
     def __init__(
         self,
         owner: nn.Module,
         *,
-        layer: int,
-        edges: Sequence[int],
-        ffn: FFNLayout,
-        activation: Callable[[Tensor], Tensor],
-        router: RouterLayout,
+        site: Site,
+        names: FFNLayout,
+        activation: nn.Module,
+        activation_name: str,
+        router: Callable[[int], Router],
+        call: Call,
     ) -> None:
         super().__init__()
-        self.layer, self.edges, self.blocks, self.names = layer, tuple(edges), len(edges) - 1, ffn
-        self.activation = activation
-        self._owner = [owner]  # in a list: no submodule
-        up = self.weights().up
-        with torch.device(up.device):
-            self.router = Router(up.shape[1], edges, router)
+        self.site, self.names, self.call, self.activation = site, names, call, activation
+        object.__setattr__(self, "_owner", owner)  # not a submodule: it owns this module
+        self.activation_name = activation_name
+        register_activation(activation_name, activation)
+        up = projection(owner, names.up)
+        up = getattr(up, "base_layer", up)
+        with torch.device(device_of(up)):
+            self.router = router(up.weight.shape[1 if isinstance(up, nn.Linear) else 0])
         self.train(owner.training)
 
     def install(self, model: nn.Module) -> None:
         """Takes the place of its stock FFN in ``model``.
 
         A gated FFN is replaced as a whole. One without a gate is three modules in a row, with what differs by family
-        around them (dropout; with OPT, the decoder layer itself), so it keeps its place: its up projection computes
-        everything, activation and down projection let that pass.
+        around them (dropout; with OPT, the decoder layer itself), so they keep their places: as long as nothing wraps
+        them, the up projection computes everything, activation and down projection let that pass.
         """
-        path, owner = self.names.path.format(layer=self.layer), self._owner[0]
         if self.names.gate is None:
-            setattr(owner, _activation_name(owner, self.activation), nn.Identity())
-            projection(owner, self.names.up).network = self
-            for mixin, name in ((Opening, self.names.up), (Passing, self.names.down)):
-                module: nn.Module = projection(owner, name)
-                module.__class__ = inline_class(mixin, type(module))  # type: ignore[arg-type]
+            self._install_inline()
             return
+        owner = self._owner
         for name in dict.fromkeys((self.names.gate, self.names.up, self.names.down)):
             self.add_module(name, projection(owner, name))
-        self._owner = [self]
-        parent, _, name = path.rpartition(".")
+        object.__setattr__(self, "_owner", self)
+        hooked = owner.__dict__.get("forward")
+        if isinstance(hooked, functools.partial):  # accelerate's hook of the stock FFN moves over
+            self._hf_hook, self._old_forward = owner._hf_hook, self.forward
+            self.forward = functools.partial(hooked.func, self)  # type: ignore[method-assign]
+        parent, _, name = self.names.path.format(layer=self.site.index).rpartition(".")
         setattr(model.get_submodule(parent), name, self)
+
+    def _install_inline(self) -> None:
+        owner, handover = self._owner, Handover()
+        name = _activation_name(owner, self.activation)
+        setattr(owner, name, Between(owner.get_submodule(name), handover, self.select))
+        projection(owner, self.names.up).network = self
+        for mixin, name in ((Opening, self.names.up), (Passing, self.names.down)):
+            module: nn.Module = projection(owner, name)
+            module.__class__ = inline_class(mixin, type(module))  # type: ignore[arg-type]
+            module.handover = handover  # type: ignore[assignment]
+            rebind(module)
+        self._inline = True
+
+    def forward(self, x: Tensor, *, scores_only: bool = False) -> Tensor:
+        """Output for inputs (B, T, D), using of each token what the call's policy decides; OPT's are (B * T, D).
+
+        Args:
+            x: Inputs.
+            scores_only: Return the router's scores instead. A call of this module, since ZeRO 3 gathers weights by calls.
+        """
+        if scores_only:
+            return self.router(x)
+        decision = self._decide(x)
+        choice = decision.choice
+        if choice is None or self._needs_modules(choice):
+            return self._project(self.names.down, self._used(x, self.hidden(x), decision))
+        self._record(x, decision)
+        rows, ffn = x.reshape(-1, x.shape[-1]), self.blocked()
+        if torch.compiler.is_compiling():
+            return compiled_ffn(ffn, rows, choice.rows(), self.activation_name).view_as(x)
+        return blocked_ffn(ffn, rows, choice.rows()).view_as(x)
+
+    def select(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """What the call's policy keeps of the activations (..., F) of FFN inputs ``x`` (..., D)."""
+        return self._used(x, hidden, self._decide(x))
+
+    def explain(self, x: Tensor, choice: Choice) -> BackendDecision:
+        """Which backend computes ``choice`` over the tokens of ``x`` (..., D), and why; without gradients."""
+        return decide(self.blocked(), x.reshape(-1, x.shape[-1]), choice.rows())
 
     def hidden(self, x: Tensor) -> Tensor:
         """Activations of all neurons, (..., F), for inputs (..., D)."""
@@ -82,64 +146,55 @@ class DynamicFFN(nn.Module):
             gate = self._project(self.names.gate, x)
         return self.activation(gate) * up
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Output for inputs (B, T, D), using of each token what the call's policy decides; OPT's are (B * T, D)."""
-        policy, trace = current_policy(), current_trace()
-        choice = policy.decide(self, x) if policy is not None else None
-        if choice is not None and getattr(policy, "scores_only", False):
-            return choice
-        if trace is not None:
-            trace.add(self.layer, self._widths(choice, x))
-        if choice is None:
-            return self._project(self.names.down, self.hidden(x))
-        if choice.is_floating_point() or torch.is_grad_enabled():
-            return self._masked(policy, choice, x)
-        rows = x.reshape(-1, x.shape[-1])
-        if choice.dtype == torch.bool:
-            masks = bit_masks(choice.reshape(-1, self.blocks))
-            return routed_ffn(rows, masks, self.weights(), self.edges).view_as(x)
-        return nested_ffn(rows, choice.reshape(-1), self.weights(), self.edges).view_as(x)
-
-    def weights(self) -> FFNWeights:
-        """The projections as the kernels take them."""
+    def blocked(self) -> BlockedFFN:
+        """The network as the kernels take it; its projections must be plain."""
         names = self.names
-        return ffn_weights(self._owner[0], names.gate, names.up, names.down, self.activation)
+        weights = ffn_weights(self._owner, names.gate, names.up, names.down, self.activation)
+        return BlockedFFN(weights, self.site.partition)
 
     def projections(self) -> list[nn.Module]:
         """The stock projections it computes with."""
         names = (self.names.gate, self.names.up, self.names.down)
-        return [projection(self._owner[0], name) for name in dict.fromkeys(names) if name is not None]
+        return [projection(self._owner, name) for name in dict.fromkeys(names) if name is not None]
+
+    def is_plain(self) -> bool:
+        """Whether its projections compute what their weights say, so that kernels may read these."""
+        return all(map(is_plain, self.projections()))
+
+    def in_one_piece(self) -> bool:
+        """Whether nothing wraps the modules of an ungated FFN or listens to them, so that one may compute it all."""
+        projections = self.projections()
+        return all(isinstance(module, Inline) and not _overheard(module) for module in projections)
+
+    def _decide(self, x: Tensor) -> Decision:
+        policy = self.call.policy
+        return Decision(None) if policy is None else policy.decide(self.site, self.router, x)
+
+    def _needs_modules(self, choice: Choice) -> bool:
+        """Whether the projections have to be called, as training does, instead of read by a kernel."""
+        recorder = self.call.recorder
+        observed = recorder is not None and recorder.wants_hidden
+        return observed or torch.is_grad_enabled() or isinstance(choice, Soft) or not self.is_plain()
+
+    def _used(self, x: Tensor, hidden: Tensor, decision: Decision) -> Tensor:
+        self._record(x, decision, hidden)
+        return hidden if decision.choice is None else select(hidden, decision.choice, self.site.partition)
+
+    def _record(self, x: Tensor, decision: Decision, hidden: Tensor | None = None) -> None:
+        recorder = self.call.recorder
+        if recorder is not None:
+            recorder.record(Record(self.site, x, decision.choice, decision.scores, hidden))
 
     def _project(self, name: str, x: Tensor) -> Tensor:
-        module = projection(self._owner[0], name)
+        module = projection(self._owner, name)
         return module.project(x) if isinstance(module, Inline) else module(x)
 
-    def _masked(self, policy: object, choice: Tensor, x: Tensor) -> Tensor:
-        """All neurons computed, those of unused blocks multiplied away: what training runs, gradients included."""
-        h = self.hidden(x)
-        observe = getattr(policy, "observe", None)
-        if observe is not None:
-            observe(self, x, h)
-        on = choice
-        if choice.dtype == torch.int64:
-            on = choice[..., None] > torch.arange(self.blocks, device=x.device)
-        return self._project(self.names.down, _multiplied(h, on.to(h.dtype), self.edges))
 
-    def _widths(self, choice: Tensor | None, x: Tensor) -> Tensor:
-        if choice is None:
-            return torch.full(x.shape[:-1], self.blocks, dtype=torch.int64, device=x.device)
-        return choice if choice.dtype == torch.int64 else (choice > 0.5).sum(-1)
+def _overheard(module: nn.Module) -> bool:
+    return "forward" in module.__dict__ or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _multiplied(h: Tensor, on: Tensor, edges: Sequence[int]) -> Tensor:
-    """Activations ``h`` (..., F), each block times its entry of ``on`` (..., N)."""
-    sizes = [b - a for a, b in itertools.pairwise(edges)]
-    if len(set(sizes)) == 1:
-        return (h.unflatten(-1, (len(sizes), sizes[0])) * on[..., None]).flatten(-2)
-    return torch.cat([block * share for block, share in zip(h.split(sizes, -1), on.split(1, -1), strict=True)], -1)
-
-
-def _activation_name(owner: nn.Module, activation: Callable[[Tensor], Tensor]) -> str:
+def _activation_name(owner: nn.Module, activation: nn.Module) -> str:
     """What ``owner`` calls its nonlinearity.
 
     Raises:

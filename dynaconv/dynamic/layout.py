@@ -1,6 +1,6 @@
 """``dynaconv.json``: what a converted folder says about its blocks, routers and dial.
 
-Ships with every exported model, so it imports nothing but the standard library.
+Ships with every exported model.
 """
 
 from __future__ import annotations
@@ -10,7 +10,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+from dynaconv.dynamic.site import Site
+from dynaconv.frontier import Frontier
+from dynaconv.kernels.partition import Partition
+
+SCHEMA = 2
 LAYOUT_FILE = "dynaconv.json"
 ROUTER_FILE = "dynaconv.safetensors"
 OPERATING_POINT_FILE = "dial.json"
@@ -42,32 +46,29 @@ class RouterLayout:
     """What the routers are.
 
     Attributes:
-        kind: ``gate`` (one wanted width), ``curve`` (log error of every width), ``class`` (logits over widths),
-            ``blocks`` (a score for each routed block), or ``none``.
+        kind: Name of a router kind (``routers/kinds.py``), ``none`` where there are no routers.
         linear: Whether there is a linear branch.
         rank: Hidden width of the Linear-SiLU-Linear branch; 0 where there is none.
-        bound: Largest score of a ``gate`` router, in blocks, or of a ``blocks`` router.
+        bound: Largest score of a kind whose scores are bounded.
     """
 
     kind: str = "none"
     linear: bool = False
     rank: int = 0
-    bound: float = 3.0
+    bound: float = 2.0
 
 
 @dataclass(frozen=True)
 class DialTable:
-    """Thresholds solved by calibration: the level of each layer's router at each budget.
+    """What calibration solved: the threshold of each site's router at each budget of a grid.
 
     Attributes:
         budgets: Active FFN shares, ascending, G values, the last 1.
-        levels: ``levels[g][l]``, one level a layer, never falling with the budget.
-        qualities: exp(parent loss - loss) at each budget, measured.
+        thresholds: ``thresholds[g][l]``, one a site, never rising with the budget.
     """
 
     budgets: tuple[float, ...]
-    levels: tuple[tuple[float, ...], ...]
-    qualities: tuple[float, ...]
+    thresholds: tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -75,69 +76,90 @@ class Layout:
     """Content of ``dynaconv.json``.
 
     Attributes:
-        edges: N + 1 neuron positions; block n is the neurons [edges[n], edges[n + 1]). Of nested experts, width n is
-            the first n blocks.
-        layers: Number of decoder layers, L.
+        partition: The blocks of each FFN.
+        layers: Number of decoder layers, L; each has one site, its FFN.
         ffn: Where the FFNs are.
         router: What the routers are.
         dial: The calibrated dial, ``None`` before calibration.
         lineage: Where it came from: source, recipe and stage fingerprints.
-        frontier: What calibration measured, as ``frontier.json``.
+        frontier: What calibration measured, ``None`` before it.
     """
 
-    edges: tuple[int, ...]
+    partition: Partition
     layers: int
     ffn: FFNLayout
     router: RouterLayout = field(default_factory=RouterLayout)
     dial: DialTable | None = None
     lineage: dict[str, Any] = field(default_factory=dict)
-    frontier: dict[str, Any] = field(default_factory=dict)
+    frontier: Frontier | None = None
 
     @property
-    def routed(self) -> bool:
-        """Whether tokens choose blocks one by one (routed experts), and not how many (nested experts)."""
-        return self.router.kind == "blocks"
+    def sites(self) -> tuple[Site, ...]:
+        """The L sites, in order."""
+        return tuple(Site(f"layers.{layer}.ffn", layer, self.partition) for layer in range(self.layers))
 
     @property
     def blocks(self) -> int:
-        """Number of blocks, N."""
-        return len(self.edges) - 1
-
-    def width_within(self, budget: float) -> int:
-        """The largest width that uses at most the share ``budget`` of the neurons."""
-        return max(n for n, edge in enumerate(self.edges) if edge <= budget * self.edges[-1] + 1e-9)
+        """Number of blocks of an FFN, N."""
+        return self.partition.blocks
 
     def save(self, folder: Path) -> None:
         """Writes ``dynaconv.json`` into ``folder``."""
-        text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, sort_keys=True)
+        content = {
+            **asdict(self),
+            "schema": SCHEMA,
+            "partition": self.partition.to_json(),
+            "frontier": None if self.frontier is None else self.frontier.to_json(),
+        }
+        text = json.dumps(content, indent=1, sort_keys=True)
         (Path(folder) / LAYOUT_FILE).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> Layout:
-        """Reads ``dynaconv.json`` from ``folder``.
+        """Reads ``dynaconv.json`` from ``folder``; files of schema 1 are translated.
 
         Raises:
             FileNotFoundError: The folder was not made by dynaconv.
-            ValueError: The file was written by a newer dynaconv.
+            ValueError: The file is damaged, or of a schema that this dynaconv does not know.
         """
         content = json.loads((Path(folder) / LAYOUT_FILE).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"{LAYOUT_FILE} holds {type(content).__name__}, not an object: export the model again")
         schema = content.pop("schema", None)
-        if schema != SCHEMA:
-            raise ValueError(f"{LAYOUT_FILE} has schema {schema}, this dynaconv reads {SCHEMA}: upgrade dynaconv")
-        dial = content["dial"]
-        if dial is not None:
-            levels = tuple(tuple(row) for row in dial["levels"])
-            dial = DialTable(tuple(dial["budgets"]), levels, tuple(dial["qualities"]))
-        return cls(
-            edges=tuple(content["edges"]),
-            layers=content["layers"],
-            ffn=FFNLayout(**content["ffn"]),
-            router=RouterLayout(**content["router"]),
-            dial=dial,
-            lineage=content["lineage"],
-            frontier=content["frontier"],
-        )
+        if schema == 1:
+            content = _from_schema_1(content)
+        elif schema != SCHEMA:
+            newer = isinstance(schema, int) and schema > SCHEMA
+            way_out = "upgrade dynaconv" if newer else "export the model again"
+            raise ValueError(f"{LAYOUT_FILE} has schema {schema!r}; this dynaconv reads 1 and {SCHEMA}: {way_out}")
+        try:
+            return cls(
+                partition=Partition.from_json(content["partition"]),
+                layers=content["layers"],
+                ffn=FFNLayout(**content["ffn"]),
+                router=RouterLayout(**content["router"]),
+                dial=None if content["dial"] is None else _dial_table(content["dial"]),
+                lineage=content["lineage"],
+                frontier=Frontier.from_json(content["frontier"]) if content["frontier"] else None,
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{LAYOUT_FILE} is damaged ({error}): export the model again") from error
 
-    def with_dial(self, dial: DialTable, frontier: dict[str, Any]) -> Layout:
+    def with_dial(self, dial: DialTable, frontier: Frontier | None) -> Layout:
         """The same layout with what calibration found."""
         return replace(self, dial=dial, frontier=frontier)
+
+
+def _dial_table(content: Any) -> DialTable:
+    return DialTable(tuple(content["budgets"]), tuple(tuple(row) for row in content["thresholds"]))
+
+
+def _from_schema_1(old: dict[str, Any]) -> dict[str, Any]:
+    """Content of schema 1 as schema 2 says it: routers had other names, and a rising level where thresholds fall."""
+    kind = {"gate": "width", "blocks": "linear"}.get(old["router"]["kind"], old["router"]["kind"])
+    dial = old["dial"]
+    if dial is not None:
+        rows = [[1 - level if kind == "class" else -level for level in row] for row in dial["levels"]]
+        dial = {"budgets": dial["budgets"], "thresholds": rows}
+    new = {**old, "partition": {"edges": old["edges"]}, "router": {**old["router"], "kind": kind}, "dial": dial}
+    return {name: new[name] for name in ("partition", "layers", "ffn", "router", "dial", "lineage", "frontier")}

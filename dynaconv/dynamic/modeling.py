@@ -3,15 +3,16 @@
 ``load(folder)`` builds the stock class that ``config.json`` names, through transformers' own loading, then puts a
 :class:`DynamicFFN` to work in the place of each FFN. Nothing else of the stock model changes, so caches, generation,
 quantised attention and ``device_map`` work as they do there. ``DynaconvForCausalLM`` is the same behind
-``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``.
+``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``. L sites, B sequences.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,54 +25,118 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.utils import cached_file
 
-from dynaconv.dynamic.context import checkpoint_contexts, current_policy, using
-from dynaconv.dynamic.dial import Dial, as_dial
+from dynaconv.dynamic.call import Call, checkpoint_contexts
+from dynaconv.dynamic.dial import Dial, DialLike, as_dial
 from dynaconv.dynamic.ffn import DynamicFFN
+from dynaconv.dynamic.generation import DialedGeneration, Surrounding
 from dynaconv.dynamic.layout import LAYOUT_FILE, OPERATING_POINT_FILE, ROUTER_FILE, Layout
-from dynaconv.dynamic.policy import Full, Policy, Routed, Uniform
+from dynaconv.dynamic.policy import ByThreshold, Full, Policy, Uniform
+from dynaconv.dynamic.projections import rebind
+from dynaconv.dynamic.routers.kinds import KINDS
+from dynaconv.dynamic.thresholds import Thresholds
 
-DialLike = Dial | float | Sequence[Dial | float]
 
-
-class DynamicMixin:
+class DynamicMixin(DialedGeneration):
     """What a dynamic model adds to its stock class.
 
     Attributes:
         layout: Blocks, routers and the calibrated dial.
-        dial: Used by calls that name none: the stored operating point, or the full dial.
+        call: The policy and the recorder that its sites see; shared by all views of the model.
+        surrounding: The dial of a surrounding ``generate``; each view has its own.
     """
 
     layout: Layout
-    dial: Dial
+    call: Call
 
-    def policy(self, dial: DialLike | None = None) -> Policy:
+    @property
+    def dial(self) -> Dial:
+        """Used by calls that name none: the stored operating point, or the full dial. Checked when it is set."""
+        return self._dial
+
+    @dial.setter
+    def dial(self, value: Dial | float) -> None:
+        dial = as_dial(value)
+        if not isinstance(dial, Dial):
+            raise ValueError("a model has one dial; name one for each sequence in the call")
+        self._own, self._dial = self._policy_of(dial, self._thresholds), dial
+
+    def policy(self, dial: DialLike | None = None, *, used_by: str = "forward") -> Policy:
         """The policy of ``dial``; of the surrounding call, or of the model's own dial, where it is ``None``.
+
+        Args:
+            dial: See :func:`as_dial`.
+            used_by: ``forward`` or ``generation``: whose threshold tensor it is written into.
 
         Raises:
             ValueError: A dial that this model cannot follow, such as a budget before calibration.
         """
         if dial is None:
-            return current_policy() or self.policy(self.dial)
-        value = as_dial(dial)
-        if isinstance(value, Dial):
-            if value.is_full:
+            return self.surrounding.policy or self._own_policy()
+        # gradients are computed from the thresholds of their own forward pass, so these stay as they were
+        held = Thresholds() if torch.is_grad_enabled() else self.surrounding.thresholds[used_by]
+        return self._policy_of(as_dial(dial), held)
+
+    def _own_policy(self) -> Policy:
+        if isinstance(self._own, ByThreshold) and self._own.thresholds.device != self._device():
+            self.dial = self._dial  # the model was moved
+        return self._own
+
+    def _policy_of(self, dial: Dial | tuple[Dial, ...], held: Thresholds) -> Policy:
+        if isinstance(dial, Dial):
+            if dial.is_full:
                 return Full()
-            if value.width is not None:
-                return Uniform(value.width)
-            return Routed(torch.tensor(value.levels(self.layout.dial, self.layout.layers)))
-        if not value:
+            if dial.width is not None:
+                return Uniform(dial.width)
+            return ByThreshold(held.fill(dial.thresholds(self.layout), self._device()))
+        if not dial:
             raise ValueError("one dial a sequence was asked for, and the list is empty")
-        return Routed(torch.tensor([one.levels(self.layout.dial, self.layout.layers) for one in value]))
+        return ByThreshold(held.fill([one.thresholds(self.layout) for one in dial], self._device()))
+
+    def _device(self) -> torch.device:
+        """Where thresholds lie: with the model; the CPU where that is offloaded."""
+        device: torch.device = self.device  # type: ignore[attr-defined]
+        return torch.device("cpu") if device.type == "meta" else device
+
+    def at(self, dial: Dial | float) -> Any:
+        """A view of this model with a dial of its own; it shares every weight, and costs no memory.
+
+        Such as a draft for ``generate(assistant_model=model.at(0.25))``.
+        """
+        view: Any = copy.copy(self)
+        view.surrounding, view._thresholds = Surrounding(), Thresholds()
+        view.generation_config = copy.deepcopy(view.generation_config)
+        view.dial = dial
+        return view
 
     def ffns(self) -> list[DynamicFFN]:
         """The L dynamic FFNs, in order."""
         assert isinstance(self, nn.Module)
         return [module for module in self.modules() if isinstance(module, DynamicFFN)]
 
-    def generate(self, *args: Any, dial: DialLike | None = None, **kwargs: Any) -> Any:
-        """Stock ``generate`` at ``dial``: a budget, a :class:`Dial`, or one for each sequence of the batch."""
-        with using(self.policy(dial)):
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+    def __call__(self, *args: Any, dial: DialLike | None = None, **kwargs: Any) -> Any:
+        """Stock ``forward`` at ``dial``.
+
+        Here and not only in ``forward``, which accelerate and others replace on the instance.
+        """
+        call = self.call
+        before = call.policy
+        call.policy = self._policy_for(dial, args, kwargs)
+        try:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            call.policy = before
+
+    def _policy_for(self, dial: DialLike | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Policy:
+        """The policy of a forward pass: of the dial it names, of the call around it, or of the model's own dial."""
+        if dial is None and self.call.policy is not None:
+            return self.call.policy
+        policy = self.policy(dial)
+        if isinstance(policy, ByThreshold):  # checked here, since some models flatten the batch inside
+            inputs = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+            given = next((value for value in inputs if value is not None), None)
+            if given is not None:
+                policy.require(given.shape[0])
+        return policy
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **settings: Any
@@ -83,13 +148,14 @@ class DynamicMixin:
         """
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError("reentrant activation checkpointing loses the dial: use use_reentrant=False")
-        carrying = functools.partial(gradient_checkpointing_func, context_fn=checkpoint_contexts)
+        contexts = functools.partial(checkpoint_contexts, self.call)
+        carrying = functools.partial(gradient_checkpointing_func, context_fn=contexts)
         super()._set_gradient_checkpointing(enable, carrying, **settings)  # type: ignore[misc]
 
     def router_state(self) -> dict[str, Tensor]:
         """Router parameters as ``dynaconv.safetensors`` names them."""
         return {
-            f"layers.{ffn.layer}.router.{name}": value.detach()
+            f"layers.{ffn.site.index}.router.{name}": value.detach()
             for ffn in self.ffns()
             for name, value in ffn.router.state_dict().items()
         }
@@ -114,13 +180,13 @@ def dynamic_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     @functools.wraps(stock.forward)
     def forward(self: Any, *args: Any, dial: DialLike | None = None, **kwargs: Any) -> Any:
-        policy = self.policy(dial)
-        inputs = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-        given = next((value for value in inputs if value is not None), None)
-        if isinstance(policy, Routed) and given is not None:  # here, since some models flatten the batch inside
-            policy.require(len(given))
-        with using(policy):
+        call = self.call
+        before = call.policy
+        call.policy = self._policy_for(dial, args, kwargs)
+        try:
             return super(made, self).forward(*args, **kwargs)
+        finally:
+            call.policy = before
 
     signature = inspect.signature(stock.forward)  # generation looks at the names forward takes
     taken = list(signature.parameters.values())
@@ -131,6 +197,14 @@ def dynamic_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     # The stock class's own name: transformers writes it into config.json, and the folder stays a stock checkpoint.
     made: Any = type(stock.__name__, (DynamicMixin, stock), {"forward": forward, "__module__": __name__})
     return made
+
+
+def __getattr__(name: str) -> Any:
+    """Classes of :func:`dynamic_class` by the name of their stock class, so that models pickle."""
+    stock = None if name.startswith("_") else getattr(transformers, name, None)
+    if isinstance(stock, type) and issubclass(stock, PreTrainedModel):
+        return dynamic_class(stock)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def attach(
@@ -150,22 +224,26 @@ def attach(
     Raises:
         ValueError: Routers are missing, unexpected, or of another shape.
     """
-    activation = ACT2FN[getattr(model.config, layout.ffn.activation)]
-    for layer in range(layout.layers):
+    call, kind = Call(), KINDS[layout.router.kind]
+    activation_name = getattr(model.config, layout.ffn.activation)
+    for site in layout.sites:
         ffn = DynamicFFN(
-            model.get_submodule(layout.ffn.path.format(layer=layer)),
-            layer=layer,
-            edges=layout.edges,
-            ffn=layout.ffn,
-            activation=activation,
-            router=layout.router,
+            model.get_submodule(layout.ffn.path.format(layer=site.index)),
+            site=site,
+            names=layout.ffn,
+            activation=ACT2FN[activation_name],
+            activation_name=activation_name,
+            router=functools.partial(kind, partition=site.partition, layout=layout.router),
+            call=call,
         )
         ffn.install(model)
     model.__class__ = dynamic_class(type(model))  # type: ignore[arg-type]
+    rebind(model)
     made: Any = model
-    made.layout, made.dial = layout, dial or Dial.full()
+    made.layout, made.call, made.surrounding, made._thresholds = layout, call, Surrounding(), Thresholds()
     if routers is not None:
         load_routers(made, routers)
+    made.dial = dial or Dial.full()
     return made
 
 
@@ -182,8 +260,9 @@ def load_routers(model: Any, routers: Mapping[str, Tensor]) -> None:
         raise ValueError(f"{ROUTER_FILE} does not fit {LAYOUT_FILE}: {', '.join(wrong)}")
     for ffn in model.ffns():
         ffn.router.float()
-        prefix = f"layers.{ffn.layer}.router."
-        ffn.router.load_state_dict({name.removeprefix(prefix): routers[name] for name in routers if prefix in name})
+        prefix = f"layers.{ffn.site.index}.router."
+        own = {name.removeprefix(prefix): value for name, value in routers.items() if name.startswith(prefix)}
+        ffn.router.load_state_dict(own)
 
 
 def load(path: str | Path, **kwargs: Any) -> Any:

@@ -1,61 +1,73 @@
-"""Which blocks of a layer a token uses, by the dial.
+"""Which blocks of a site a token uses, by the dial. Ships with every exported model.
 
-B batch, T tokens, D residual width, N blocks, L layers.
+B sequences, T tokens, D residual width, N blocks, L sites.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dynaconv.dynamic.ffn import DynamicFFN
+from dynaconv.dynamic.routers.base import Router
+from dynaconv.dynamic.site import Site
+from dynaconv.kernels.choice import Choice
+
+
+class Decision(NamedTuple):
+    """What the tokens of a call use of a site.
+
+    Attributes:
+        choice: The blocks; ``None`` for all.
+        scores: The router's scores, where the policy looked at them.
+    """
+
+    choice: Choice | None
+    scores: Tensor | None = None
 
 
 class Policy(Protocol):
-    """Decides, layer by layer, which blocks the tokens of a call use."""
+    """Decides, site by site, which blocks the tokens of a call use."""
 
-    def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor | None:
-        """What the tokens ``x`` (B, T, D) use of ``ffn``; (B * T, D) where the model flattens them.
-
-        Returns:
-            ``None``: all blocks. An integer tensor (B, T): the first so many. A bool tensor (B, T, N): those blocks. A
-            floating tensor (B, T, N): each block times its entry, through which gradients may flow. Flat where ``x``
-            is.
-        """
+    def decide(self, site: Site, router: Router, x: Tensor) -> Decision:
+        """What the tokens ``x`` (B, T, D) use of ``site``; (B * T, D) where the model flattens them."""
 
 
 @dataclass(frozen=True)
 class Full:
-    """All blocks for all tokens."""
+    """All blocks for all tokens.
 
-    def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor | None:
+    Attributes:
+        scored: Also run the routers, whose scores a recorder wants.
+    """
+
+    scored: bool = False
+
+    def decide(self, site: Site, router: Router, x: Tensor) -> Decision:
         """Nothing is left out."""
-        return None
+        return Decision(None, router(x) if self.scored else None)
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """The same number of blocks for all tokens and layers: the first, or of routed experts the most wanted (top-k)."""
+    """The same number of blocks for all tokens and sites: the first, or of routed experts the most wanted (top-k)."""
 
     width: int
 
-    def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor | None:
-        """``width`` blocks, or all where the FFN has no more."""
-        if self.width >= ffn.blocks:
-            return None
-        if ffn.router.kind == "blocks":
-            return ffn.router.most_wanted(ffn.router(x), self.width)
-        return torch.full(x.shape[:-1], self.width, dtype=torch.int64, device=x.device)
+    def decide(self, site: Site, router: Router, x: Tensor) -> Decision:
+        """``width`` blocks, or all where the site has no more."""
+        if self.width >= site.blocks:
+            return Decision(None)
+        scores = router(x)
+        return Decision(router.top(scores, self.width), scores)
 
 
 @dataclass(frozen=True)
 class Static:
-    """One width a layer, the same for all tokens.
+    """One width a site, the same for all tokens.
 
     Attributes:
         widths: L widths.
@@ -63,20 +75,22 @@ class Static:
 
     widths: Sequence[int]
 
-    def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor | None:
-        """The layer's width."""
-        return Uniform(self.widths[ffn.layer]).decide(ffn, x)
+    def decide(self, site: Site, router: Router, x: Tensor) -> Decision:
+        """The site's width."""
+        return Uniform(self.widths[site.index]).decide(site, router, x)
 
 
-@dataclass(frozen=True)
-class Routed:
-    """What the routers choose at a level each.
+@dataclass(frozen=True, eq=False)
+class ByThreshold:
+    """What the routers choose at a threshold each.
 
     Attributes:
-        levels: (L,) one level a layer, or (B, L) one a layer and sequence.
+        thresholds: (L,) one threshold a site, or (B, L) one a site and sequence; on the model's device.
+        detached: Whether routers see the tokens without their gradient.
     """
 
-    levels: Tensor
+    thresholds: Tensor
+    detached: bool = False
 
     def require(self, sequences: int) -> None:
         """Checks the number of dials against a batch of so many sequences.
@@ -84,18 +98,29 @@ class Routed:
         Raises:
             ValueError: The number of dials does not divide the batch.
         """
-        if self.levels.dim() == 2 and sequences % len(self.levels):
-            raise ValueError(f"{len(self.levels)} dials for a batch of {sequences} sequences: give one for each")
+        if self.thresholds.dim() == 2 and sequences % self.thresholds.shape[0]:
+            found = f"{self.thresholds.shape[0]} dials for a batch of {sequences} sequences"
+            raise ValueError(f"{found}: give one for each")
 
-    def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor | None:
+    def decide(self, site: Site, router: Router, x: Tensor) -> Decision:
         """What each token's router asks for.
 
         Raises:
             ValueError: The number of dials does not divide the batch.
         """
-        level = self.levels[..., ffn.layer].to(x.device)
-        if level.dim():  # one dial a sequence; beams and returned sequences repeat each row in place
+        scores = router(x.detach() if self.detached else x)
+        return Decision(router.choose(scores.detach() if self.detached else scores, self.threshold(site, x)), scores)
+
+    def threshold(self, site: Site, x: Tensor) -> Tensor:
+        """The threshold of each token of ``x`` (B, T, D), broadcastable to (B, T)."""
+        threshold = self.thresholds[..., site.index].to(x.device)
+        if threshold.dim():  # one dial a sequence; beams and returned sequences repeat each row in place
             self.require(x.shape[0])
-            level = level.repeat_interleave(x.shape[0] // level.shape[0], dim=0)
-            level = level.view(-1, *(1,) * (x.dim() - 2))
-        return ffn.router.choose(ffn.router(x), level)
+            threshold = threshold.repeat_interleave(x.shape[0] // threshold.shape[0], dim=0)
+            threshold = threshold.view(-1, *(1,) * (x.dim() - 2))
+        return threshold
+
+
+def at_one_threshold(threshold: float, sites: int, *, detached: bool = False) -> ByThreshold:
+    """The same threshold for all ``sites``."""
+    return ByThreshold(torch.full((sites,), threshold), detached)

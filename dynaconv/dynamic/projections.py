@@ -3,21 +3,27 @@
 Most are ``nn.Linear``. GPT-2's are ``Conv1D``, whose weight is (in, out); Phi-3 stores gate and up as one, the gate's
 rows first. The kernels take (out, in), so they get views: nothing is copied, gradients and later changes come through.
 A product with a transposed view is as fast in fp32; in bf16 it takes 1.1 to 1.6 times as long (one core, 1024 x 4096).
+
+Kernels read weights; adapters (peft), offloading (accelerate) and parametrisations change what a *module* computes. So
+:func:`is_plain` says whether a module is nothing but its weight. Where one is not, modules are called instead, and what
+they compute is right by construction. Ships with every exported model.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dynaconv.kernels.weights import FFNWeights
 
-if TYPE_CHECKING:
-    from dynaconv.dynamic.ffn import DynamicFFN
+STOCK = {"Linear": nn.Linear, "Conv1D": Conv1D}
+PLAIN: set[type[nn.Module]] = {*STOCK.values()}  # and what :func:`inline_class` makes of these
 
 
 def projection(owner: nn.Module, name: str) -> Any:
@@ -27,15 +33,21 @@ def projection(owner: nn.Module, name: str) -> Any:
         TypeError: It is no dense layer, such as one with quantised weights.
     """
     module = owner.get_submodule(name)
-    if not isinstance(_adapted(module), (nn.Linear, Conv1D)):
-        raise TypeError(f"{name} is a {type(module).__name__}; a dynamic FFN needs Linear or Conv1D layers")
+    if not isinstance(getattr(module, "base_layer", module), tuple(STOCK.values())):
+        raise TypeError(f"{name} is a {type(module).__name__}; a dynamic FFN needs dense Linear or Conv1D layers")
     return module
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether ``module`` computes what its weight and bias say, and nobody listens to its calls."""
+    own_forward = "forward" in module.__dict__  # accelerate puts its hook there
+    return type(module) in PLAIN and not (own_forward or module._forward_hooks or module._forward_pre_hooks)
 
 
 def ffn_weights(
     owner: nn.Module, gate: str | None, up: str, down: str, activation: Callable[[Tensor], Tensor]
 ) -> FFNWeights:
-    """The network whose projections lie in ``owner`` under these names, as the kernels take it.
+    """The network whose projections, all plain, lie in ``owner`` under these names, as the kernels take it.
 
     Args:
         owner: The stock FFN, or the decoder layer where the projections lie in it directly.
@@ -58,21 +70,54 @@ def ffn_weights(
     return FFNWeights(down=_matrix(last), down_bias=last.bias, activation=activation, **matrices)  # type: ignore[arg-type]
 
 
+def device_of(module: Any) -> torch.device:
+    """Where a projection computes, also where accelerate keeps its weight elsewhere between calls."""
+    hook = getattr(module, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    if device is None:
+        device = module.weight.device
+    return torch.device("cpu") if str(device) == "meta" else torch.device(device)
+
+
+def rebind(module: nn.Module) -> None:
+    """Lets a module whose class was changed run its new forward where accelerate's hook kept the old one."""
+    if "_old_forward" in module.__dict__:
+        module._old_forward = type(module).forward.__get__(module)
+
+
 def _matrix(module: Any) -> Tensor:
-    """A projection's weight as (out, in), with what its adapters add."""
+    """A projection's weight as (out, in)."""
     weight: Tensor = module.weight
-    for adapter in getattr(module, "active_adapters", ()):
-        weight = weight + module.get_delta_weight(adapter)
-    return weight.t() if isinstance(_adapted(module), Conv1D) else weight
+    return weight.t() if isinstance(module, Conv1D) else weight
 
 
-def _adapted(module: nn.Module) -> nn.Module:
-    """The layer itself, or the one that an adapter of the peft library wraps."""
-    return getattr(module, "base_layer", module)
+class Handover(threading.local):
+    """What the three modules of an ungated FFN tell each other within one forward pass.
+
+    Attributes:
+        finished: The up projection has computed the whole network: the others let its output pass.
+        x: The FFN's input, where each of the three does its own part.
+    """
+
+    finished = False
+    x: Tensor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), ())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handover:
+        return type(self)()
 
 
 class Inline:
-    """Mixin of a projection that leaves its part of an ungated FFN to a :class:`DynamicFFN`."""
+    """Mixin of a projection of an ungated FFN, whose modules transformers calls one by one.
+
+    Attributes:
+        network: The dynamic FFN it belongs to; held by the up projection only.
+        handover: Shared by the modules of the FFN.
+    """
+
+    handover: Handover
 
     def project(self, x: Tensor) -> Tensor:
         """What the stock projection makes of ``x``."""
@@ -80,28 +125,60 @@ class Inline:
 
 
 class Opening(Inline):
-    """Mixin of the up projection: computes the whole network.
+    """Mixin of the up projection: computes the whole network, or its own part where others wrap a projection."""
 
-    Attributes:
-        network: The network.
-    """
-
-    network: DynamicFFN
+    network: Any
 
     def forward(self, x: Tensor) -> Tensor:
-        """Output (..., D) of the network for its input (..., D)."""
-        return self.network(x)
+        """Output (..., D) of the network for its input (..., D), or the up projection's (..., F)."""
+        if self.network.in_one_piece():
+            self.handover.finished = True
+            output: Tensor = self.network(x)
+            return output
+        self.handover.x = x
+        return self.project(x)
 
 
 class Passing(Inline):
     """Mixin of the down projection: hands on what the up projection has computed already."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x``."""
-        return x
+        """``x`` where the network is finished, the down projection of it otherwise."""
+        if self.handover.finished:
+            self.handover.finished = False
+            return x
+        return self.project(x)
+
+
+class Between(nn.Module):
+    """Stands where the activation of an ungated FFN was: the activation, and what tokens leave out."""
+
+    def __init__(self, activation: nn.Module, handover: Handover, select: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.activation, self.handover, self.select = activation, handover, select
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``hidden`` where the network is finished, the activations (..., F) that are used otherwise."""
+        x = self.handover.x
+        if self.handover.finished or x is None:
+            return hidden if self.handover.finished else self.activation(hidden)
+        self.handover.x = None
+        return self.select(x, self.activation(hidden))
 
 
 @cache
 def inline_class(mixin: type[Inline], stock: type[nn.Module]) -> type[nn.Module]:
     """A subclass of the projection class ``stock``: its tensors stay where they are."""
-    return type(f"{mixin.__name__}{stock.__name__}", (mixin, stock), {"__module__": __name__})
+    made = type(f"{mixin.__name__}{stock.__name__}", (mixin, stock), {"__module__": __name__})
+    if stock in PLAIN:
+        PLAIN.add(made)
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    """Classes of :func:`inline_class` by name, so that models pickle."""
+    for mixin in (Opening, Passing):
+        stock = STOCK.get(name.removeprefix(mixin.__name__))
+        if stock is not None and name.startswith(mixin.__name__):
+            return inline_class(mixin, stock)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,93 +1,69 @@
 """The truth every kernel is compared with: all neurons are computed, those of unused blocks are put to zero.
 
-Nothing here is fast. ``block_ffn`` takes any choice of blocks, as one int64 bit mask a token (bit n = block n is used);
-``masked_ffn`` takes a float mask that may carry gradients, which is what training uses. Ships with every exported
-model.
+:func:`select` is the step that makes an FFN dynamic. Training and models with adapters or hooks run it between their own
+projection modules; :func:`blocked_ffn` puts it between plain matrix products. Outputs and gradients of every kernel are
+tested against it. Ships with every exported model.
 
-Shapes: M tokens, D residual width, F neurons, N blocks (at most 64). ``edges`` are N + 1 neuron positions, from 0 to F:
-block n is the neurons [edges[n], edges[n + 1]).
+M tokens, D residual width, F neurons, N blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
-
 import torch
+from torch import Tensor
 from torch.nn.functional import linear
 
+from dynaconv.kernels.backend import Backend
+from dynaconv.kernels.blocks import BlockedFFN
+from dynaconv.kernels.choice import Choice, Soft
+from dynaconv.kernels.partition import Partition
 from dynaconv.kernels.weights import FFNWeights
 
-MAX_BLOCKS = 64  # a token's choice of blocks is the bits of one int64
 
+def select(hidden: Tensor, choice: Choice, partition: Partition) -> Tensor:
+    """Activations with each neuron of an unused block off. Differentiable in ``hidden``, and in the weights of ``Soft``.
 
-def width_masks(widths: torch.Tensor) -> torch.Tensor:
-    """Bit masks of the first n blocks, for every width n in 0..64.
-
-    Args:
-        widths: int64, any shape.
-
-    Returns:
-        int64 of the same shape. Width 64 is -1: bit 63 is the sign.
-    """
-    below = (torch.ones_like(widths) << widths.clamp(max=MAX_BLOCKS - 1)) - 1
-    return torch.where(widths >= MAX_BLOCKS, torch.full_like(widths, -1), below)
-
-
-def blocks_on(masks: torch.Tensor, blocks: int) -> torch.Tensor:
-    """Which blocks each token uses: ``(M,)`` int64 bit masks to ``(M, blocks)`` bool."""
-    return (masks[:, None] >> torch.arange(blocks, device=masks.device)) & 1 == 1
-
-
-def bit_masks(on: torch.Tensor) -> torch.Tensor:
-    """The reverse of :func:`blocks_on`: ``(M, blocks)`` bool to ``(M,)`` int64."""
-    return (on.long() << torch.arange(on.shape[1], device=on.device)).sum(1)
-
-
-def block_ffn(x: torch.Tensor, masks: torch.Tensor, weights: FFNWeights, edges: Sequence[int]) -> torch.Tensor:
-    """The FFN of each token restricted to the token's own blocks. Differentiable in ``x`` and the weights.
-
-    Unused neurons are replaced, not multiplied, by zero: an infinity in one of them does not reach the result.
+    Hard choices replace by zero instead of multiplying: an infinity in an unused neuron does not reach the result.
 
     Args:
-        x: ``(M, D)``.
-        masks: ``(M,)`` int64 bit masks, one bit a block.
-        weights: The network.
-        edges: N + 1 neuron positions.
+        hidden: ``(..., F)``.
+        choice: Over the same tokens.
+        partition: Of the F neurons.
 
     Returns:
-        ``(M, D)``.
+        ``(..., F)``.
     """
-    on = _per_neuron(blocks_on(masks, len(edges) - 1), edges)
-    hidden = hidden_neurons(x, weights)
-    return linear(torch.where(on, hidden, torch.zeros_like(hidden)), weights.down, weights.down_bias)
+    mask = choice.mask(partition.blocks)
+    if isinstance(choice, Soft):
+        size = partition.uniform_size
+        if size is None or size == 1:
+            return hidden * partition.spread(mask.to(hidden.dtype))
+        # by block: the gradient of a weight is then one sum over its neurons
+        return (hidden.unflatten(-1, (partition.blocks, size)) * mask.to(hidden.dtype)[..., None]).flatten(-2)
+    return hidden.masked_fill(~partition.spread(mask), 0)
 
 
-def masked_ffn(x: torch.Tensor, on: torch.Tensor, weights: FFNWeights, edges: Sequence[int]) -> torch.Tensor:
-    """The FFN with the neurons of block n of token m multiplied by ``on[m, n]``. Differentiable in ``on`` too.
-
-    Args:
-        x: ``(M, D)``.
-        on: ``(M, N)`` floating point, cast to the dtype of the hidden neurons.
-        weights: The network.
-        edges: N + 1 neuron positions.
-
-    Returns:
-        ``(M, D)``.
-    """
-    hidden = hidden_neurons(x, weights)
-    return linear(hidden * _per_neuron(on.to(hidden.dtype), edges), weights.down, weights.down_bias)
+def blocked_ffn(ffn: BlockedFFN, x: Tensor, choice: Choice) -> Tensor:
+    """The FFN of each token restricted to its own blocks: ``(M, D)`` to ``(M, D)``. Differentiable."""
+    hidden = select(hidden_neurons(x, ffn.weights), choice, ffn.partition)
+    return linear(hidden, ffn.weights.down, ffn.weights.down_bias)
 
 
-def hidden_neurons(x: torch.Tensor, weights: FFNWeights) -> torch.Tensor:
-    """All neurons of the network: ``(M, D)`` to ``(M, F)``."""
+def hidden_neurons(x: Tensor, weights: FFNWeights) -> Tensor:
+    """Activations of all neurons: ``(M, D)`` to ``(M, F)``."""
     up = linear(x, weights.up, weights.up_bias)
     if weights.gate is None:
         return weights.activation(up)
     return weights.activation(linear(x, weights.gate, weights.gate_bias)) * up
 
 
-def _per_neuron(on: torch.Tensor, edges: Sequence[int]) -> torch.Tensor:
-    """Spreads ``(M, N)`` over the neurons: ``(M, F)``. Column n is repeated as often as block n has neurons."""
-    sizes = [stop - start for start, stop in pairwise(edges)]
-    return torch.cat([on[:, n : n + 1].expand(-1, size) for n, size in enumerate(sizes)], dim=1)
+def can_run(ffn: BlockedFFN, x: Tensor, choice: Choice) -> tuple[bool, str]:
+    """Always."""
+    if torch.is_grad_enabled() and (x.requires_grad or ffn.wants_gradient):
+        return True, "gradients are recorded, and fast kernels are for inference: every neuron is computed"
+    if isinstance(choice, Soft):
+        return True, "blocks are weighted: every neuron is computed"
+    return True, f"there is no fast kernel for {x.device.type}: every neuron is computed, unused ones are masked"
+
+
+REFERENCE = Backend("reference", can_run, blocked_ffn)

@@ -1,0 +1,59 @@
+"""The call that is under way in a model: its policy and its recorder, seen by every site inside it.
+
+Decoder layers pass no unknown keywords down to their FFN, so both travel in one object that all sites of a model hold.
+It is a ``threading.local``: calls in two threads do not see each other, and compiled code may read it. It belongs to one
+model: a draft model that runs inside another's ``generate`` has its own. Ships with every exported model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from dynaconv.dynamic.policy import Policy
+from dynaconv.dynamic.recorder import Recorder
+
+
+class Call(threading.local):
+    """What the sites of one model do in this thread.
+
+    Attributes:
+        policy: Decides what tokens use; ``None`` outside of any call: all blocks.
+        recorder: Is told what every site did; ``None`` where nobody looks.
+    """
+
+    policy: Policy | None = None
+    recorder: Recorder | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), ())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Call:
+        return type(self)()
+
+    @contextmanager
+    def using(self, policy: Policy, recorder: Recorder | None = None) -> Iterator[None]:
+        """Every site called inside uses ``policy``; ``recorder``, if given, is told what they did."""
+        before = self.policy, self.recorder
+        self.policy, self.recorder = policy, recorder if recorder is not None else self.recorder
+        try:
+            yield
+        finally:
+            self.policy, self.recorder = before
+
+
+def checkpoint_contexts(call: Call) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """``context_fn`` of ``torch.utils.checkpoint``: a recomputation runs under the policy of its own forward pass."""
+    return nullcontext(), _recomputing(call, call.policy, call.recorder)
+
+
+@contextmanager
+def _recomputing(call: Call, policy: Policy | None, recorder: Recorder | None) -> Iterator[None]:
+    before = call.policy, call.recorder
+    call.policy, call.recorder = policy, None if recorder is None else recorder.in_recomputation()
+    try:
+        yield
+    finally:
+        call.policy, call.recorder = before

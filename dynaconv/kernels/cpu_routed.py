@@ -1,0 +1,164 @@
+"""Backend for routed blocks on a CPU: each token has blocks of its own choice. Ships with every exported model.
+
+For inference. Weights are used where they lie: both kernels read no block that no token uses, but for columns of down in
+small gaps, and differ in what they compute of the others:
+
+* ``union_ffn``: every token gets every block that some token uses, then what a token did not choose is put to zero. For
+  one token that is exactly its own blocks; for a few, wasted arithmetic is cheaper than further steps.
+* ``grouped_ffn``: block by block, on the tokens that use it, gathered; results are added up where they belong.
+* Where blocks are so small and scattered that their matrix products would cost more than what is left out, every neuron
+  is computed and masked.
+
+Shapes: M tokens, D residual width, F neurons, N blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.functional import linear
+
+from dynaconv.kernels.backend import Backend
+from dynaconv.kernels.blocks import BlockedFFN
+from dynaconv.kernels.choice import Choice, Subset
+from dynaconv.kernels.cpu_nested import STEP_COST, few_counts, step_cost
+from dynaconv.kernels.partition import Partition
+from dynaconv.kernels.reference import blocked_ffn
+
+GAP = 384
+"""Columns of down that are read in the time that beginning another piece takes: its rows lie on pages of their own.
+Found at D 2048, F 8192, one token, fp32: with pieces of 128 to 512 columns, beginning one costs 320 to 500."""
+
+RUN_BYTES = 256 << 10
+"""Bytes of one matrix that are read in the time that the calls for one more run of blocks take, for one token."""
+
+
+def can_run(ffn: BlockedFFN, x: Tensor, choice: Choice) -> tuple[bool, str]:
+    """Subsets of blocks on a CPU, where no gradient is recorded."""
+    if not isinstance(choice, Subset):
+        return False, "tokens do not choose blocks one by one"
+    if not x.is_cpu:
+        return False, "tensors are not on the CPU"
+    if torch.is_grad_enabled() and (x.requires_grad or ffn.weights.requires_grad):
+        return False, "gradients are recorded, and this backend is for inference"
+    return True, "tokens use blocks of their own, on a CPU"
+
+
+def run(ffn: BlockedFFN, x: Tensor, choice: Choice) -> Tensor:
+    """The FFN ``(M, D)`` of tokens ``x`` (M, D) that use a :class:`Subset` (M, N) each."""
+    assert isinstance(choice, Subset)
+    kernel = kernel_for(ffn, x, choice.on)
+    if kernel == "masked":
+        return blocked_ffn(ffn, x, choice)
+    return (union_ffn if kernel == "union" else grouped_ffn)(ffn, x, choice.on)
+
+
+def kernel_for(ffn: BlockedFFN, x: Tensor, on: Tensor) -> str:
+    """Which kernel costs least: ``union``, ``grouped`` or ``masked``.
+
+    One token waits for weights to be read, so neurons are counted, and each run of blocks as :data:`RUN_BYTES` more.
+    Several tokens pay for arithmetic, and :func:`step_cost` for each matrix product.
+    """
+    tokens, width = x.shape
+    partition, neurons = ffn.partition, ffn.partition.neurons
+    counts = on.sum(0)
+    used = counts > 0
+    sizes = torch.tensor(partition.sizes) if partition.uniform_size is None else partition.uniform_size
+    read, joined = int((used * sizes).sum()), len(runs(used))
+    if tokens == 1:
+        return "union" if read + joined * RUN_BYTES / (width * x.itemsize) < neurons else "masked"
+    cost = step_cost(x.dtype) / width
+    wasted = int(((tokens - counts) * used * sizes).sum())
+    if wasted > int(used.sum()) * cost:
+        return "grouped"
+    return "union" if read * tokens + joined * cost < neurons * tokens + cost else "masked"
+
+
+@torch.no_grad()
+def union_ffn(ffn: BlockedFFN, x: Tensor, on: Tensor) -> Tensor:
+    """The FFN of each token restricted to its own blocks, computed on all that any of them uses.
+
+    Args:
+        ffn: The network.
+        x: ``(M, D)``.
+        on: ``(M, N)`` bool.
+
+    Returns:
+        ``(M, D)``.
+    """
+    edges = ffn.partition.edges
+    off = None if len(x) == 1 else ~on
+    total: Tensor | None = None
+    for piece in pieces([(edges[first], edges[end]) for first, end in runs(on.any(0))]):
+        start, stop = piece[0][0], piece[-1][1]
+        hidden = x.new_zeros(len(x), stop - start) if len(piece) > 1 else x.new_empty(len(x), stop - start)
+        for a, b in piece:
+            ffn.neurons(x, a, b, out=hidden[:, a - start : b - start])
+        if off is not None:
+            _clear(hidden, off, ffn.partition, start, stop)
+        down = ffn.columns(start, stop)
+        total = linear(hidden, down, ffn.weights.down_bias) if total is None else total.addmm_(hidden, down.t())
+    return ffn.no_blocks(x) if total is None else total
+
+
+@torch.no_grad()
+def grouped_ffn(ffn: BlockedFFN, x: Tensor, on: Tensor) -> Tensor:
+    """The FFN of each token restricted to its own blocks, each block computed for the tokens that use it.
+
+    Arguments and result as :func:`union_ffn`, which does more arithmetic in fewer steps. Added up in fp32 at least.
+    """
+    edges, total = ffn.partition.edges, ffn.no_blocks(x)
+    total = total.to(torch.promote_types(x.dtype, torch.float32))
+    for block, count in enumerate(on.sum(0).tolist()):
+        start, stop = edges[block], edges[block + 1]
+        if count == len(x):
+            total += linear(ffn.neurons(x, start, stop), ffn.columns(start, stop))
+        elif count:
+            rows = on[:, block].nonzero()[:, 0]
+            taken = rows
+            if x.dtype in STEP_COST:  # padding rows, so that oneDNN meets fewer shapes
+                taken = functional.pad(rows, (0, few_counts(count, len(x)) - count))
+            added = linear(ffn.neurons(x.index_select(0, taken), start, stop), ffn.columns(start, stop))
+            total.index_add_(0, rows, added[:count].to(total.dtype))
+    return total.to(x.dtype)
+
+
+def runs(used: Tensor) -> list[tuple[int, int]]:
+    """First block and the one behind the last of every run of blocks in ``used`` (N,) bool, in order."""
+    padded = functional.pad(used.to(torch.int8), (1, 1))
+    ends = padded.diff().nonzero()[:, 0].tolist()
+    return list(zip(ends[::2], ends[1::2], strict=True))
+
+
+def pieces(used: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Runs of neurons ``[start, stop)`` in order, those together that lie no more than :data:`GAP` apart."""
+    joined: list[list[tuple[int, int]]] = []
+    for run in used:
+        if joined and run[0] - joined[-1][-1][1] <= GAP:
+            joined[-1].append(run)
+        else:
+            joined.append([run])
+    return joined
+
+
+def _clear(hidden: Tensor, off: Tensor, partition: Partition, start: int, stop: int) -> None:
+    """Puts to zero what tokens computed of blocks that are ``off`` (M, N) for them, in neurons [start, stop)."""
+    edges = partition.edges
+    first, end = edges.index(start), edges.index(stop)
+    size = edges[first + 1] - start
+    if size * (end - first) == stop - start and partition.uniform_size is not None:
+        hidden.unflatten(1, (end - first, size)).masked_fill_(off[:, first:end, None], 0)
+        return
+    for block in range(first, end):
+        hidden[:, edges[block] - start : edges[block + 1] - start].masked_fill_(off[:, block, None], 0)
+
+
+def _variant(ffn: BlockedFFN, x: Tensor, choice: Choice) -> str:
+    assert isinstance(choice, Subset)
+    return kernel_for(ffn, x, choice.on)
+
+
+CPU_ROUTED = Backend("cpu-routed", can_run, run, _variant)
