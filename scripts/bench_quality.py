@@ -5,7 +5,7 @@
 MODEL is a dense checkpoint, VALID.txt text that neither it nor the fine-tuning has seen. Trains a copy by each recipe,
 and one densely, on the same tokens, then scores each policy on 160 random windows of 256 tokens. Training text is an
 equal share of every package on this machine; by size, a few large ones would drown the rest. Shares are matched by
-solving the level on those windows while gated: one number is fitted, to share and not to loss.
+solving the threshold on those windows while gated: one number is fitted, to share and not to loss.
 
 Resumable: trained copies and finished rows are kept in --runs. Several processes may each train some copies (--only);
 each writes the result file from all rows that are there.
@@ -35,7 +35,7 @@ from dynaconv.cli.quiet import silence_libraries
 from dynaconv.config import RunConfig
 from dynaconv.data.tokenizer import load_tokenizer
 from dynaconv.data.windows import Batch
-from dynaconv.dynamic.policy import Full, Policy, Routed, Static, Uniform
+from dynaconv.dynamic.policy import ByThreshold, Full, Policy, Static, Uniform, at_one_threshold
 from dynaconv.evaluation.baselines import oracle_routers, recorded_widths, shuffled, static_widths
 from dynaconv.evaluation.scoring import Score, most_likely, score
 from dynaconv.pipeline.runner import run_pipeline
@@ -306,10 +306,10 @@ def uniform(model: Any, share: float) -> Uniform:
     return Uniform(round(share * model.layout.blocks))
 
 
-def routed(model: Any, batches: list[Batch], share: float) -> Routed:
-    """The routers at the level that spends ``share`` of the FFNs on ``batches``."""
+def routed(model: Any, batches: list[Batch], share: float) -> ByThreshold:
+    """The routers at the threshold that spends ``share`` of the FFNs on ``batches``."""
     solved = solve_budget(model, batches, share, tolerance=0.002, iterations=10)
-    return Routed(torch.full((model.layout.layers,), solved.level))
+    return at_one_threshold(solved.threshold, model.layout.layers)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Levels that spend a budget, solved while the model is gated.
+"""Thresholds that spend a budget, solved while the model is gated.
 
 A dynamic model's hidden states at a low dial are not those of the full dial, so scores measured there ask for another
-width. Each iteration therefore runs the model at the level found so far and solves again on the scores of that run.
-L layers, T tokens.
+share. Each iteration therefore runs the model at the threshold found so far and solves again on the scores of that run.
+L sites, T tokens.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,33 +16,54 @@ import torch
 from torch import Tensor
 
 from dynaconv.data.windows import Batch
-from dynaconv.dynamic.context import recording, using
-from dynaconv.dynamic.ffn import DynamicFFN
-from dynaconv.dynamic.policy import Full, Routed
-from dynaconv.dynamic.router import solve_level
+from dynaconv.dynamic.policy import Full, Policy, at_one_threshold
+from dynaconv.dynamic.recorder import Record, Recorder
+from dynaconv.dynamic.thresholds import solve_threshold
 from dynaconv.ranks import Ranks
+
+KEPT_SCORES = 2**26
+"""Scores that are kept at once to solve on. Where tokens times blocks times layers are more, every so many tokens count:
+millions of scores fix a share to far below any tolerance. What a threshold spends is measured on all tokens."""
 
 
 @dataclass(frozen=True)
 class Solved:
-    """A level and what it spends on the text it was solved on."""
+    """A threshold and what it spends on the text it was solved on."""
 
-    level: float
+    threshold: float
     share: float
 
 
-class Listening:
-    """A policy that keeps the router scores of the pass it decides, by layer."""
+class ScoreRecorder(Recorder):
+    """Keeps scores, and the sum of active shares, of tokens that are not padding.
 
-    def __init__(self, inner: Routed | Full) -> None:
-        self.inner = inner
-        self.scores: dict[int, list[Tensor]] = {}
+    Attributes:
+        every: One token of so many has its scores kept.
+        attention_mask: Of the batch under way, (B, T) bool, or ``None``.
+        spent: Sum of the active shares of all tokens and sites.
+        count: Of how many.
+    """
 
-    def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor | None:
-        """What the inner policy decides."""
-        scores = ffn.router(x)
-        self.scores.setdefault(ffn.layer, []).append(scores.flatten(0, x.dim() - 2))
-        return self.inner.decide(ffn, x)
+    def __init__(self, every: int) -> None:
+        super().__init__()
+        self.every, self.spent, self.count = every, 0.0, 0
+        self.attention_mask: Tensor | None = None
+
+    def record(self, record: Record) -> None:
+        """See :meth:`Recorder.record`."""
+        shares, scores = record.active_share().flatten(), record.scores
+        assert scores is not None
+        rows = scores.detach().flatten(0, record.x.dim() - 2)
+        if self.attention_mask is not None:
+            real = self.attention_mask.flatten()
+            shares, rows = shares[real], rows[real]
+        self.spent += float(shares.sum())
+        self.count += len(shares)
+        self.scores.setdefault(record.site.index, []).append(rows[:: self.every].clone())
+
+    def all_scores(self) -> list[Tensor]:
+        """The scores kept of each site, (tokens,) or (tokens, n)."""
+        return [torch.cat(self.scores[index]) for index in sorted(self.scores)]
 
 
 @torch.no_grad()
@@ -55,30 +77,31 @@ def solve_budget(
     iterations: int = 8,
     ranks: Ranks | None = None,
 ) -> Solved:
-    """The level, shared by all layers, at which ``model`` spends ``budget`` of its FFNs on ``batches``.
+    """The threshold, shared by all sites, at which ``model`` spends ``budget`` of its FFNs on ``batches``.
 
     Args:
         model: A dynamic model with routers.
         batches: Calibration text.
         budget: Active FFN share, in (0, 1).
         tolerance: Largest difference accepted.
-        start: Level to begin at, such as that of a neighbouring budget; the full dial's scores when ``None``.
-        iterations: Forward passes over ``batches`` at most. The closest level seen is returned.
+        start: Threshold to begin at, such as that of a neighbouring budget; the full dial's scores when ``None``.
+        iterations: Forward passes over ``batches`` at most. The closest threshold seen is returned.
         ranks: The processes that each have some of the batches; alone by default.
     """
-    router, layers = model.ffns()[0].router, model.layout.layers
-    ask, best, level = budget, Solved(0.0, float("inf")), start
+    router, sites = model.ffns()[0].router, len(model.layout.sites)
+    ask, best, threshold = budget, Solved(math.inf, math.inf), start
     for _ in range(iterations + (start is None)):
-        policy = Listening(Full() if level is None else Routed(torch.full((layers,), level)))
-        share = _spend(model, batches, policy, ranks)
-        if level is not None:
+        policy = Full(scored=True) if threshold is None else at_one_threshold(threshold, sites)
+        found = run_recorded(model, batches, policy)
+        share = _spent_share(found, ranks)
+        if threshold is not None:
             if abs(share - budget) < abs(best.share - budget):
-                best = Solved(level, share)
+                best = Solved(threshold, share)
             if abs(share - budget) <= tolerance:
                 break
-            ask += 0.5 * (budget - share)  # what is left when the scores keep moving with the level
-        scores = [torch.cat(policy.scores[layer]) for layer in sorted(policy.scores)]
-        level = solve_level(router, scores, min(1.0, max(1e-3, ask)), mean=mean_over(ranks, len(scores[0])))
+            ask += 0.5 * (budget - share)  # what is left when the scores keep moving with the threshold
+        scores = found.all_scores()
+        threshold = solve_threshold(router, scores, min(1.0, max(1e-3, ask)), mean=mean_over(ranks, len(scores[0])))
     return best
 
 
@@ -87,22 +110,22 @@ def mean_over(ranks: Ranks | None, tokens: int) -> Callable[[Tensor], Tensor]:
     return (lambda one: one) if ranks is None else (lambda one: ranks.mean(one, tokens))
 
 
-def _spend(model: Any, batches: Sequence[Batch], policy: Listening, ranks: Ranks | None) -> float:
-    """Runs ``batches``; returns the share spent on real tokens and keeps only their scores."""
-    device = next(model.parameters()).device
-    edges = torch.tensor(model.layout.edges, dtype=torch.float64) / model.layout.edges[-1]
-    total, count = 0.0, 0
+@torch.no_grad()
+def run_recorded(model: Any, batches: Sequence[Batch], policy: Policy) -> ScoreRecorder:
+    """Runs ``batches`` under ``policy``, which looks at scores; what was spent, and the scores of its tokens."""
+    device, router = next(model.parameters()).device, model.ffns()[0].router
+    scores = sum(batch.tokens for batch in batches) * len(model.layout.sites)
+    recorder = ScoreRecorder(every=math.ceil(scores * (router.blocks if router.features else 1) / KEPT_SCORES))
     for batch in batches:
         batch = batch.to(device)
-        with recording() as trace, using(policy):
+        recorder.attention_mask = batch.attention_mask
+        with model.call.using(policy, recorder):
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        used = trace.stacked().cpu()
-        if batch.attention_mask is not None:
-            real = batch.attention_mask.flatten()
-            used = used[:, real.cpu()]
-            for scores in policy.scores.values():
-                scores[-1] = scores[-1][real]
-        total, count = total + float(edges[used].sum()), count + used.numel()
-    if ranks is not None:
-        total, count = ranks.sum(torch.tensor([total, count], dtype=torch.float64)).tolist()
-    return total / count
+    return recorder
+
+
+def _spent_share(found: ScoreRecorder, ranks: Ranks | None) -> float:
+    """Mean active share over tokens that are not padding and sites, of all ranks."""
+    sums = torch.tensor([found.spent, found.count], dtype=torch.float64)
+    spent, count = (sums if ranks is None else ranks.sum(sums)).tolist()
+    return spent / count

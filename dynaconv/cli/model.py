@@ -116,7 +116,7 @@ def chosen_dial(folder: Path, text: str | None) -> Dial | None:
         hint = "dynaconv calibrate RUN, then dynaconv export RUN; or --dial full"
         raise ArtifactError("this model has no calibrated dial", where=folder, hint=hint)
     try:
-        dial.levels(layout.dial, layout.layers)
+        dial.thresholds(layout)
     except ValueError as error:
         raise QualityError(str(error), where=folder) from error
     return dial

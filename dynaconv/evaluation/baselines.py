@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from dynaconv.data.windows import Batch
-from dynaconv.dynamic.context import recording, using
 from dynaconv.dynamic.curves import contributions, log_errors, log_norms, relative_errors
 from dynaconv.dynamic.ffn import DynamicFFN
 from dynaconv.dynamic.layout import RouterLayout
-from dynaconv.dynamic.policy import Policy
-from dynaconv.dynamic.router import Router
+from dynaconv.dynamic.policy import Decision, Policy
+from dynaconv.dynamic.recorder import Recorder
+from dynaconv.dynamic.routers.base import Router
+from dynaconv.dynamic.routers.kinds import KINDS
+from dynaconv.dynamic.site import Site
+from dynaconv.kernels.choice import Prefix
 
 LARGEST = 50.0  # logarithm of a norm
 
@@ -28,25 +31,25 @@ class Replay:
     """Widths made beforehand, batch after batch in the order they were made.
 
     Args:
-        widths: By layer, one (B, T) int64 tensor a batch.
+        widths: By site, one (B, T) int64 tensor a batch.
     """
 
     def __init__(self, widths: Mapping[int, Sequence[Tensor]]) -> None:
         self.waiting = {layer: list(batches) for layer, batches in widths.items()}
 
-    def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor | None:
-        """The next batch's widths of the layer."""
-        return self.waiting[ffn.layer].pop(0).to(x.device)
+    def decide(self, site: Site, router: Router, x: Tensor) -> Decision:
+        """The next batch's widths of the site."""
+        return Decision(Prefix(self.waiting[site.index].pop(0).to(x.device)))
 
 
 @torch.no_grad()
 def recorded_widths(model: Any, batches: Sequence[Batch], policy: Policy) -> dict[int, list[Tensor]]:
     """The widths that ``policy`` gives every token of ``batches``, by layer and batch."""
-    with recording() as trace:
-        for batch in batches:
-            with using(policy):
-                model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    return trace.widths
+    recorder = Recorder()
+    for batch in batches:
+        with model.call.using(policy, recorder):
+            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    return recorder.widths
 
 
 def shuffled(widths: Mapping[int, Sequence[Tensor]], seed: int) -> Replay:
@@ -70,23 +73,24 @@ def static_widths(means: Sequence[float], blocks: int) -> tuple[int, ...]:
     return tuple(floors)
 
 
-class OracleRouter(Router):
-    """Knows each token's true curve, as a perfect ``curve`` router would; of routed experts, what its blocks add."""
+def oracle_router(ffn: DynamicFFN) -> Router:
+    """A router that knows each token's true curve, as a perfect ``curve`` router would; of routed experts, what its
+    blocks add."""
+    rule = KINDS["linear" if ffn.router.experts == "routed" else "curve"]
 
-    def __init__(self, ffn: DynamicFFN) -> None:
-        kind = "blocks" if ffn.router.kind == "blocks" else "curve"
-        super().__init__(1, ffn.edges, RouterLayout(kind=kind, bound=LARGEST))
-        self._ffn = [ffn]  # in a list: not a submodule, or the two would own each other
+    class Oracle(rule):  # type: ignore[valid-type, misc]
+        """The rule of its kind over what it knows."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Log r_n of tokens ``x`` (..., D), or the log norm of what block n adds: (..., N)."""
-        ffn = self._ffn[0]
-        hidden, down = ffn.hidden(x).flatten(0, -2).float(), ffn.weights().down.float()
-        if self.kind == "blocks":
-            known = log_norms(contributions(hidden, down, ffn.edges).norms)
-        else:
-            known = log_errors(relative_errors(hidden, down, ffn.edges))
-        return known.view(*x.shape[:-1], ffn.blocks)
+        def forward(self, x: Tensor) -> Tensor:
+            """Log r_n of tokens ``x`` (..., D), or the log norm of what block n adds: (..., N)."""
+            hidden, down = ffn.hidden(x).flatten(0, -2).float(), ffn.blocked().weights.down.float()
+            if self.experts == "routed":
+                known = log_norms(contributions(hidden, down, ffn.site.partition.edges).norms)
+            else:
+                known = log_errors(relative_errors(hidden, down, ffn.site.partition.edges))
+            return known.view(*x.shape[:-1], self.blocks)
+
+    return Oracle(1, ffn.site.partition, RouterLayout(kind=rule.kind, bound=LARGEST))
 
 
 @contextmanager
@@ -95,7 +99,7 @@ def oracle_routers(model: Any) -> Iterator[None]:
     kept = [ffn.router for ffn in model.ffns()]
     try:
         for ffn in model.ffns():
-            ffn.router = OracleRouter(ffn)
+            ffn.router = oracle_router(ffn)
         yield
     finally:
         for ffn, router in zip(model.ffns(), kept, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dynaconv.data.windows import Batch
-from dynaconv.dynamic.context import recording, using
 from dynaconv.dynamic.policy import Full, Policy
+from dynaconv.dynamic.recorder import Recorder
 from dynaconv.ranks import Ranks
 
 
@@ -72,13 +73,10 @@ def score(
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     loss, count, agreeing, shares, widths = 0.0, 0, 0, 0.0, torch.zeros(0)
-    edges: Tensor | None = None
-    layout = getattr(model, "layout", None)
-    if layout is not None:
-        edges = torch.tensor(layout.edges, dtype=torch.float64) / layout.edges[-1]
+    call = getattr(model, "call", None)
     for i, batch in enumerate(batches):
-        batch = batch.to(device)
-        with recording() as trace, using(policy or Full()):
+        batch, recorder = batch.to(device), Recorder()
+        with nullcontext() if call is None else call.using(policy or Full(), recorder):
             logits = model(**_inputs(batch)).logits
         mask = batch.predicted
         picked, wanted = logits[:, :-1][mask].float(), batch.input_ids[:, 1:][mask]
@@ -86,24 +84,25 @@ def score(
         count += len(wanted)
         if parent is not None:
             agreeing += int((picked.argmax(-1).cpu() == parent[i][:, :-1][mask.cpu()]).sum())
-        if edges is not None:
-            used = trace.stacked().cpu()  # (L, B * T)
+        if call is not None:
+            used, spent = recorder.all_widths().cpu(), recorder.all_shares().cpu()  # (L, B * T)
             if batch.attention_mask is not None:
-                used = used[:, batch.attention_mask.flatten().cpu()]
+                real = batch.attention_mask.flatten().cpu()
+                used, spent = used[:, real], spent[:, real]
             widths = widths + used.double().sum(1) if len(widths) else used.double().sum(1)
-            shares += float(edges[used].mean(0).sum())
+            shares += float(spent.mean(0).sum())
     model.train(was_training)
-    real = sum(batch.tokens for batch in batches)
+    tokens = sum(batch.tokens for batch in batches)
     if ranks is not None:
-        sums = torch.tensor([loss, count, agreeing, shares, real, *widths.tolist()], dtype=torch.float64)
-        loss, count, agreeing, shares, real, *rest = ranks.sum(sums).tolist()
+        sums = torch.tensor([loss, count, agreeing, shares, tokens, *widths.tolist()], dtype=torch.float64)
+        loss, count, agreeing, shares, tokens, *rest = ranks.sum(sums).tolist()
         count, widths = int(count), torch.tensor(rest, dtype=torch.float64)
     return Score(
         loss=loss / count,
-        active_share=shares / real if edges is not None else 1.0,
+        active_share=shares / tokens if call is not None else 1.0,
         agreement=agreeing / count if parent is not None else None,
         tokens=count,
-        widths=tuple((widths / real).tolist()),
+        widths=tuple((widths / tokens).tolist()),
     )
 
 

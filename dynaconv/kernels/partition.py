@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the layout of a model is read without torch, which takes seconds to import
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,21 @@ class Partition:
         if self.block_size:
             whole = on.unsqueeze(-1).expand(*on.shape, self.block_size).flatten(-2)
             return whole if whole.shape[-1] == self.neurons else whole[..., : self.neurons]
+        import torch
+
         sizes = torch.tensor(self.sizes, device=on.device)
         return on.repeat_interleave(sizes, dim=-1, output_size=self.neurons)
 
     def shares(self, device: torch.device | None = None) -> Tensor:
         """Share of the neurons that each block has, (N,) float64; adds up to 1."""
+        import torch
+
         return torch.tensor(self.sizes, dtype=torch.float64, device=device) / self.neurons
 
     def prefix_shares(self, device: torch.device | None = None) -> Tensor:
         """Share of the neurons in the first n blocks, n = 0..N, (N + 1,) float64."""
+        import torch
+
         return torch.tensor(self.edges, dtype=torch.float64, device=device) / self.neurons
 
     def width_within(self, budget: float) -> int:
