@@ -21,7 +21,7 @@ from dynaconv.dynamic.recorder import Record, Recorder
 from dynaconv.dynamic.thresholds import solve_threshold
 from dynaconv.ranks import Ranks
 
-KEPT_SCORES = 2**26
+KEPT_SCORES = 2**24
 """Scores that are kept at once to solve on. Where tokens times blocks times layers are more, every so many tokens count:
 millions of scores fix a share to far below any tolerance. What a threshold spends is measured on all tokens."""
 
