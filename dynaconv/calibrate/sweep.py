@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from dynaconv.dynamic.router import solve_level
 from dynaconv.evaluation.cost import CostModel
 from dynaconv.evaluation.scoring import Score, most_likely, score
 from dynaconv.evaluation.speed import decoding, interleaved
+from dynaconv.frontier import Frontier, OperatingPoint
 from dynaconv.profile.calibration import own_rows
 from dynaconv.progress import Task
 from dynaconv.ranks import Ranks
@@ -91,51 +92,48 @@ def measure(
     speed_tokens: int,
     task: Task,
     ranks: Ranks | None = None,
-) -> dict[str, Any]:
-    """``frontier.json``: the parent, and loss, agreement, share and cost at every budget of the model's table.
+) -> Frontier:
+    """The frontier: the parent, and loss, agreement, share and cost at every budget of the model's table.
 
     Args:
         model: A dynamic model with its dial table.
         parent: The dense checkpoint it came from.
         text: Scored on ``text.score``.
-        costs: Cost models of the parent and of the dynamic model.
+        costs: Cost models of the parent and of the dynamic model. Routers count except at the full dial, where none
+            runs.
         speed_tokens: Tokens generated for tokens/s, 0 for none.
         task: Advanced once a budget.
         ranks: The processes that each have some of ``text``, of which rank 0 measures speed; alone by default.
     """
     dense = score(parent, text.score, ranks=ranks)
     wanted = most_likely(parent, text.score)
-    rows = []
+    scores: dict[float, Score] = {}
     for budget in model.layout.dial.budgets:
-        got = score(model, text.score, model.policy(Dial(budget=budget)), parent=wanted, ranks=ranks)
-        rows.append(_row(budget, got, dense, costs[1]))
-        task.advance(note=f"budget {budget:g} loss {got.loss:.3f}")
+        scores[budget] = score(model, text.score, model.policy(Dial(budget=budget)), parent=wanted, ranks=ranks)
+        task.advance(note=f"budget {budget:g} loss {scores[budget].loss:.3f}")
     measured = speed_tokens if ranks is None or ranks.main else 0
     speeds = _speeds(model, parent, text.score[0].input_ids[:1, :16], measured)
-    for row in rows:
-        row["tokens_per_s"] = speeds.get(str(row["budget"]))
-    first = {
-        "loss": dense.loss,
-        "perplexity": dense.perplexity,
-        "flops_per_token": costs[0].flops_per_token(1.0),
-        "bytes_per_token": costs[0].bytes_per_token(1.0),
-        "tokens_per_s": speeds.get("parent"),
-        "scored_tokens": dense.tokens,
-    }
-    return {"parent": first, "frontier": rows}
+
+    return Frontier(
+        parent=_point(1.0, replace(dense, agreement=1.0, widths=()), dense, costs[0], speeds.get("parent")),
+        points=tuple(_point(budget, got, dense, costs[1], speeds.get(str(budget))) for budget, got in scores.items()),
+        scored_tokens=dense.tokens,
+    )
 
 
-def _row(budget: float, got: Score, dense: Score, cost: CostModel) -> dict[str, Any]:
-    return {
-        "budget": budget,
-        "active_share": got.active_share,
-        "flops_per_token": cost.flops_per_token(got.active_share),
-        "bytes_per_token": cost.bytes_per_token(got.active_share),
-        "loss": got.loss,
-        "quality": math.exp(dense.loss - got.loss),
-        "agreement": got.agreement,
-        "width_by_layer": list(got.widths),
-    }
+def _point(budget: float, got: Score, dense: Score, cost: CostModel, speed: float | None) -> OperatingPoint:
+    cost = cost.without_routers() if Dial(budget=budget).is_full else cost
+    return OperatingPoint(
+        budget=budget,
+        active_share=got.active_share,
+        flops_per_token=cost.flops_per_token(got.active_share),
+        bytes_per_token=cost.bytes_per_token(got.active_share),
+        loss=got.loss,
+        quality=math.exp(dense.loss - got.loss),
+        agreement=cast(float, got.agreement),
+        tokens_per_s=speed,
+        width_by_layer=got.widths,
+    )
 
 
 def _speeds(model: Any, parent: Any, prompt: Tensor, tokens: int) -> dict[str, float]:

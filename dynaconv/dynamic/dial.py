@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dynaconv.dynamic.layout import DialTable
+from dynaconv.frontier import budget_for_quality, check_budget, check_quality
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Dial:
 
     Attributes:
         budget: Mean active FFN share, in (0, 1]. 1 is the full dial: the parent's own function.
-        quality: exp(parent loss - loss) to hold, in (0, 1]; turned into a budget by the calibrated frontier.
+        quality: exp(parent loss - loss) to hold, above 0; turned into a budget by the calibrated frontier. Above 1
+            where the model is better than its parent.
         width: The same number of blocks for every token, from 0; needs no router and no calibration.
 
     Raises:
@@ -34,10 +35,10 @@ class Dial:
         given = [name for name in ("budget", "quality", "width") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"a dial is one of budget, quality or width; given: {', '.join(given) or 'none'}")
-        for name in ("budget", "quality"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name} {value} is outside (0, 1]")
+        if self.budget is not None:
+            check_budget(self.budget)
+        if self.quality is not None:
+            check_quality(self.quality)
         if self.width is not None and self.width < 0:
             raise ValueError(f"width {self.width} is negative")
 
@@ -62,6 +63,18 @@ class Dial:
         """Whether every block is on whatever the calibration says."""
         return self.budget == 1.0
 
+    def resolved(self, table: DialTable) -> float:
+        """The budget this dial means on the calibrated ``table``.
+
+        Raises:
+            ValueError: It is a width, or no calibrated point reaches the quality.
+        """
+        if self.budget is not None:
+            return self.budget
+        if self.quality is None:
+            raise ValueError("a uniform width has no budget")
+        return budget_for_quality(table.budgets, table.qualities, self.quality)
+
     def levels(self, table: DialTable | None, layers: int) -> tuple[float, ...]:
         """The level of each of the L layers' routers; infinite at the full dial.
 
@@ -77,7 +90,7 @@ class Dial:
             raise ValueError("a uniform width has no router level")
         if table is None:
             raise ValueError("this model has no calibrated dial: run `dynaconv calibrate`, or use Dial.uniform(width)")
-        budget = self.budget if self.budget is not None else budget_for_quality(table, self.quality or 1.0)
+        budget = self.resolved(table)
         if budget == 1.0:
             return (math.inf,) * layers
         if budget < table.budgets[0]:
@@ -88,24 +101,6 @@ class Dial:
         low, high = table.budgets[right - 1], table.budgets[right]
         part = (budget - low) / (high - low)
         return tuple(a + part * (b - a) for a, b in zip(table.levels[right - 1], table.levels[right], strict=True))
-
-
-def budget_for_quality(table: DialTable, quality: float) -> float:
-    """The lowest budget whose measured quality, interpolated, is at least ``quality``.
-
-    Raises:
-        ValueError: No calibrated point reaches it; names the best one.
-    """
-    points = list(zip(table.budgets, table.qualities, strict=True))
-    best = max(points, key=lambda point: point[1])
-    if best[1] < quality:
-        raise ValueError(f"no point reaches quality {quality:g}; the best is {best[1]:.4f} at budget {best[0]:g}")
-    for (low, worse), (high, better) in itertools.pairwise(points):
-        if worse >= quality:
-            return low
-        if better >= quality:
-            return low + (high - low) * (quality - worse) / (better - worse)
-    return best[0]
 
 
 def as_dial(value: Dial | float | Sequence[Dial | float]) -> Dial | tuple[Dial, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dynaconv.dynamic.layout import Layout
+from dynaconv.frontier import Frontier, OperatingPoint
 from dynaconv.version import __version__
 
 _USE = """\
@@ -31,6 +32,7 @@ def model_card(layout: Layout, parent: str, training: Mapping[str, Any]) -> str:
         training: Resolved ``finetune`` section where the model was tuned, else empty.
     """
     kind = {"none": "none: every token gets the same width"}.get(layout.router.kind, f"`{layout.router.kind}`")
+    frontier = Frontier.from_json(layout.frontier)
     lines = [
         "---",
         "library_name: transformers",
@@ -50,13 +52,13 @@ def model_card(layout: Layout, parent: str, training: Mapping[str, Any]) -> str:
         "",
         "## What was measured",
         "",
-        _table(layout.frontier),
+        _table(frontier),
         "",
         "![frontier](frontier.png)",
         "",
         "Quality is exp(parent loss - loss): 1 is the parent's perplexity. Loss is in nats a token on "
-        f"{layout.frontier['parent']['scored_tokens']} tokens of held-out text; tokens/s is generation at batch 1 on "
-        "the machine that made this. FLOPs and bytes include the routers.",
+        f"{frontier.scored_tokens} tokens of held-out text; tokens/s is generation at batch 1 on "
+        "the machine that made this. FLOPs and bytes include the routers, which do not run with every block on.",
         "",
         "## Lineage",
         "",
@@ -70,25 +72,25 @@ def model_card(layout: Layout, parent: str, training: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _table(frontier: Mapping[str, Any]) -> str:
+def _table(frontier: Frontier) -> str:
     rows = [
         "| dial | active share | loss | quality | agrees with parent | GFLOPs/token | MB/token | tokens/s |",
         "|---|---|---|---|---|---|---|---|",
-        _row("dense parent", {"active_share": 1.0, "quality": 1.0, "agreement": 1.0, **frontier["parent"]}),
+        _row("dense parent", frontier.parent),
+        *(_row(f"{point.budget:g}", point) for point in frontier.points),
     ]
-    return "\n".join(rows + [_row(f"{point['budget']:g}", point) for point in frontier["frontier"]])
+    return "\n".join(rows)
 
 
-def _row(name: str, point: Mapping[str, Any]) -> str:
-    speed = point.get("tokens_per_s")
+def _row(name: str, point: OperatingPoint) -> str:
     cells = [
         name,
-        f"{point['active_share']:.3f}",
-        f"{point['loss']:.4f}",
-        f"{point['quality']:.4f}",
-        f"{point['agreement']:.3f}",
-        f"{point['flops_per_token'] / 1e9:.4g}",
-        f"{point['bytes_per_token'] / 1e6:.4g}",
-        "" if speed is None else f"{speed:.0f}",
+        f"{point.active_share:.3f}",
+        f"{point.loss:.4f}",
+        f"{point.quality:.4f}",
+        f"{point.agreement:.3f}",
+        f"{point.flops_per_token / 1e9:.4g}",
+        f"{point.bytes_per_token / 1e6:.4g}",
+        "" if point.tokens_per_s is None else f"{point.tokens_per_s:.0f}",
     ]
     return f"| {' | '.join(cells)} |"
