@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_LINES = 5.0
 REFRESHES_PER_SECOND = 4
-BAR_WIDTH = 16
+BAR_WIDTH, NARROW_BAR_WIDTH = 16, 8
+WIDE = 110
+"""Columns of a terminal from which on the bar has its full width."""
 
 log = logging.getLogger("dynaconv")
 
@@ -81,16 +83,35 @@ class Task:
             return f"{_count(self.tokens / seconds)} tokens/s"
         return f"{_count((self.done - self.first) / seconds)} {self.unit}/s"
 
+    @property
+    def count(self) -> str:
+        """How many items are done, of how many."""
+        return f"{_whole(self.done)}/{_whole(self.total)} {self.unit}"
+
+    @property
+    def time(self) -> str:
+        """The time left, or the time taken at the end and before the first item is done."""
+        left = self.seconds_left
+        return (
+            f"{_clock(left)} left" if left is not None and self.done < self.total else f"{_clock(self.elapsed)} so far"
+        )
+
     def words(self) -> str:
         """Everything but the name, in one line."""
-        left = self.seconds_left
-        parts = [
-            f"{_whole(self.done)}/{_whole(self.total)} {self.unit}",
-            self.rate,
-            f"{_clock(left)} left" if left is not None and self.done < self.total else f"{_clock(self.elapsed)} so far",
-            f"peak {size_text(peak_rss_bytes())}",
-        ]
-        return "  ".join([*parts, self.note] if self.note else parts)
+        return _joined([self.count, self.rate, self.time, self.note, _peak()])
+
+    def lines(self, width: int) -> list[str]:
+        """As :meth:`words`, in ``width`` characters as far as that goes.
+
+        Peak memory is the first to go. A note for which there is no room then has a line of its own, and the rate goes
+        last; a terminal that is narrower still breaks the line.
+        """
+        always, note = [self.count, self.rate, self.time], [f"  {self.note}"] if self.note else []
+        for line in (self.words(), _joined([*always, self.note])):
+            if len(line) <= width:
+                return [line]
+        wider = ([*always, _peak()], always)
+        return [next((line for line in map(_joined, wider) if len(line) <= width), f"{self.count}  {self.time}"), *note]
 
 
 class Progress:
@@ -203,14 +224,17 @@ class Progress:
     def _lines(self) -> Text:
         from rich.text import Text
 
-        text = Text(no_wrap=True, overflow="ellipsis")
+        assert self._console is not None
+        text = Text(overflow="fold")
         for task in list(self._tasks):
-            filled = int(BAR_WIDTH * min(1.0, task.done / task.total)) if task.total else 0
+            title, width = self._title(task), self._console.width
+            bar = BAR_WIDTH if width >= WIDE else NARROW_BAR_WIDTH
+            filled = int(bar * min(1.0, task.done / task.total)) if task.total else 0
             text.append("\n" if text else "")
-            text.append(f"{self._title(task)} ", style="bold")
+            text.append(f"{title} ", style="bold")
             text.append("━" * filled, style="green")
-            text.append("━" * (BAR_WIDTH - filled), style="bright_black")
-            text.append(f" {task.words()}")
+            text.append("━" * (bar - filled), style="bright_black")
+            text.append(" " + "\n".join(task.lines(width - len(title) - bar - 2)))
         return text
 
 
@@ -220,6 +244,14 @@ def _count(value: float) -> str:
             return f"{value:.3g}{unit}"
         value /= 1000
     return f"{value:.3g}G"
+
+
+def _peak() -> str:
+    return f"peak {size_text(peak_rss_bytes())}"
+
+
+def _joined(parts: list[str]) -> str:
+    return "  ".join(part for part in parts if part)
 
 
 def _whole(value: float) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
-from dynaconv.artifacts.files import write_json
+from dynaconv.artifacts.files import storage_errors
+from dynaconv.artifacts.source import shown_name
 from dynaconv.config import RunConfig
 from dynaconv.pipeline.stage import Dense, Estimate, Stage, StageContext
 
@@ -42,11 +42,11 @@ class CalibrateStage(Stage):
         """Writes ``dynaconv.json`` with the dial, ``frontier.json`` and ``frontier.png``."""
         from dynaconv.arch.checkpoint import Checkpoint
         from dynaconv.arch.stock import load_dense
-        from dynaconv.calibrate.frontier import FRONTIER_FILE, PICTURE_FILE
-        from dynaconv.calibrate.sweep import levels_for, measure, uniform_table
+        from dynaconv.calibrate.sweep import measure, thresholds_for, uniform_table
         from dynaconv.dynamic.modeling import load
         from dynaconv.evaluation.cost import CostModel
         from dynaconv.evaluation.plots import draw_frontier
+        from dynaconv.frontier import FRONTIER_FILE, PICTURE_FILE
 
         settings, data = context.config.calibrate, context.config.data
         ranks, device = context.ranks, context.ranks.device
@@ -62,19 +62,19 @@ class CalibrateStage(Stage):
         budgets = {*settings.budgets, 1.0}
         with context.progress.task("calibrate", total=2 * len(budgets), unit="budgets") as task:
             routed = model.layout.router.kind != "none"
-            solved = levels_for(model, text, settings, task, ranks) if routed else None
+            solved = thresholds_for(model, text, settings, task, ranks) if routed else None
             table = solved or uniform_table(model.layout, settings.budgets)
-            model.layout = model.layout.with_dial(table, {})
+            model.layout = model.layout.with_dial(table, None)
             frontier = measure(model, parent, text, costs, settings.speed_tokens, task, ranks)
-        qualities = tuple(row["quality"] for row in frontier["frontier"])
-        layout = model.layout.with_dial(replace(table, qualities=qualities), frontier)
         if ranks.main:
-            layout.save(context.folder)
-            write_json(context.folder / FRONTIER_FILE, frontier)
-            draw_frontier(frontier, context.folder / PICTURE_FILE)
+            with storage_errors(context.folder):
+                model.layout.with_dial(table, frontier).save(context.folder)
+                frontier.save(context.folder / FRONTIER_FILE)
+            name = shown_name(context.config.source)
+            draw_frontier(frontier, context.folder / PICTURE_FILE, name=name)
         return {
-            "parent_loss": frontier["parent"]["loss"],
-            "quality": {f"{row['budget']:g}": round(row["quality"], 4) for row in frontier["frontier"]},
+            "parent_loss": frontier.parent.loss,
+            "quality": {f"{point.budget:g}": round(point.quality, 4) for point in frontier.points},
         }
 
 

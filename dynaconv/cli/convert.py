@@ -9,9 +9,10 @@ import typer
 
 from dynaconv.artifacts.files import size_text
 from dynaconv.cli.listing import print_stages
-from dynaconv.cli.output import in_short, print_json, print_note, print_table, say
+from dynaconv.cli.output import in_short, print_json, print_note, say, say_wrapped
 from dynaconv.cli.ranks import Hostfile, Nproc, all_ranks, launch_if_wanted, with_ranks
 from dynaconv.cli.request import Request, fill_source, request
+from dynaconv.cli.table import Column, print_table
 from dynaconv.errors import ArtifactError, DynaconvError
 
 if TYPE_CHECKING:
@@ -46,6 +47,14 @@ Redo = Annotated[
     str | None, typer.Option(metavar="STAGE", help="Make this stage and all after it again.", show_default=False)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
+PLAN_COLUMNS = (
+    Column("stage", words=True),
+    Column("action", words=True),
+    Column("memory"),
+    Column("disk", optional=1),
+    Column("FLOPs", optional=2),
+    Column("why, and what comes out", words=True, wraps=24),
+)
 RESIZING = ("subclone", "hyperclone")
 
 
@@ -172,9 +181,9 @@ def _show(asked: Request, made: Plan | None, problems: list[str]) -> None:
             ]
             for stage in made.stages
         ]
-        print_table(["stage", "action", "memory", "disk", "FLOPs", "why, and what comes out"], rows, left=2, last=True)
+        print_table(PLAN_COLUMNS, rows)
         total = f"peak memory {size_text(made.peak_bytes)} with Python and its libraries"
-        say(f"In all: {total}, {size_text(made.disk_bytes)} on disk, {in_short(made.flops)}FLOP.")
+        say_wrapped(f"In all: {total}, {size_text(made.disk_bytes)} on disk, {in_short(made.flops)}FLOP.")
     for warning in made.warnings if made is not None else ():
         print_note(f"warning: {warning}")
     if problems:

@@ -5,28 +5,28 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from dynaconv.artifacts.files import size_text, write_json
-from dynaconv.calibrate.frontier import (
-    Choice,
-    Frontier,
-    OperatingPoint,
-    check_budget,
-    check_quality,
-    select_by_budget,
-    select_by_quality,
-)
-from dynaconv.cli.folders import Calibrated, find_calibrated
-from dynaconv.cli.output import in_short, print_json, print_table, say
+from dynaconv.cli.folders import Calibrated, find_calibrated, frontier_errors
+from dynaconv.cli.output import in_short, print_json, say, say_wrapped
+from dynaconv.cli.table import Column, print_table
 from dynaconv.errors import ArtifactError, ConfigError
+from dynaconv.frontier import OperatingPoint, Position, check_budget, check_quality
 
-if TYPE_CHECKING:
-    from rich.text import Text
-
-COLUMNS = ["", "budget", "active share", "FLOPs/token", "bytes/token", "loss", "quality", "agreement", "tokens/s"]
+COLUMNS = (
+    Column("", words=True),
+    Column("budget"),
+    Column("active share", optional=2),
+    Column("FLOPs/token"),
+    Column("bytes/token", optional=4),
+    Column("loss", optional=1),
+    Column("quality"),
+    Column("agreement", optional=3),
+    Column("tokens/s"),
+)
 
 
 def dial_k(
@@ -35,7 +35,10 @@ def dial_k(
         float | None, typer.Option(metavar="S", help="Active FFN share to spend at most, in (0, 1].")
     ] = None,
     quality: Annotated[
-        float | None, typer.Option(metavar="Q", help="exp(parent loss - loss) to hold; 1 is the parent's perplexity.")
+        float | None,
+        typer.Option(
+            metavar="Q", help="exp(parent loss - loss) to hold; 1 is the parent's perplexity, more is better."
+        ),
     ] = None,
     write: Annotated[
         bool, typer.Option("--write", help="Store the point in the model: its dial from then on.")
@@ -43,19 +46,17 @@ def dial_k(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Pick an operating point from the calibrated frontier. With neither option, show where the model stands."""
-    _check(budget, quality, write)
-    found = find_calibrated(path)
-    if budget is not None:
-        choice = select_by_budget(found.frontier.points, budget)
-    elif quality is not None:
-        choice = select_by_quality(found.frontier.points, quality)
-    else:
-        choice = _stored(found)
-    written = _write(found, choice) if write else None
+    with frontier_errors():
+        _check(budget, quality, write)
+        found = find_calibrated(path)
+        if quality is not None:
+            budget = found.frontier.budget_for_quality(quality)
+        position = found.frontier.at(_stored(found) if budget is None else budget)
+    written = _write(found, position) if write else None
     if as_json:
-        print_json({**found.content, "operating_point": _as_json(choice)})
+        print_json({**found.frontier.to_json(), "operating_point": _as_json(position)})
     else:
-        _show(found, choice, written)
+        _show(found, position, written)
 
 
 def _check(budget: float | None, quality: float | None, write: bool) -> None:
@@ -70,48 +71,53 @@ def _check(budget: float | None, quality: float | None, write: bool) -> None:
         raise ConfigError("--write needs a point to write", hint="add --budget S or --quality Q")
 
 
-def _stored(found: Calibrated) -> Choice:
-    """The operating point the model has now: the one that was written, or the full dial."""
-    budget = 1.0
-    if found.stored is not None and found.stored.is_file():
-        try:
-            budget = float(json.loads(found.stored.read_text(encoding="utf-8"))["budget"])
-        except (ValueError, KeyError, TypeError) as error:
-            hint = "dial-k --budget S --write writes it anew"
-            raise ArtifactError("the stored dial cannot be read", where=found.stored, found=error, hint=hint) from error
-    return select_by_budget(found.frontier.points, budget)
+def _stored(found: Calibrated) -> float:
+    """The budget the model has now: the one that was written, or that of the full dial."""
+    if found.stored is None or not found.stored.is_file():
+        return 1.0
+    try:
+        return float(json.loads(found.stored.read_text(encoding="utf-8"))["budget"])
+    except (ValueError, KeyError, TypeError) as error:
+        hint = "dial-k --budget S --write writes it anew"
+        raise ArtifactError("the stored dial cannot be read", where=found.stored, found=error, hint=hint) from error
 
 
-def _write(found: Calibrated, choice: Choice) -> Path:
+def _write(found: Calibrated, position: Position) -> Path:
     if found.stored is None:
         hint = f"dynaconv export {found.folder}"
         raise ArtifactError("there is no exported model to write the dial into", where=found.folder, hint=hint)
-    write_json(found.stored, {"budget": choice.budget, "quality": choice.point.quality})
+    write_json(found.stored, {"budget": position.budget, "quality": position.quality})
     return found.stored
 
 
-def _as_json(choice: Choice) -> dict[str, Any]:
-    """The measured point; ``dial`` is where the dial goes, and ``between`` the measured budgets on its two sides."""
-    between = [choice.point.budget, choice.above.budget] if choice.above is not None else None
-    return {**asdict(choice.point), "dial": choice.budget, "between": between}
+def _as_json(position: Position) -> dict[str, Any]:
+    """``budget`` is where the dial goes, and ``between`` the measured budgets on its two sides.
+
+    What was not measured at that budget is null there; its quality is interpolated.
+    """
+    measured = asdict(position.below)
+    if position.above is None:
+        return {**measured, "dial": position.budget, "between": None}
+    unknown = dict.fromkeys(measured)
+    between = [position.below.budget, position.above.budget]
+    there = {"budget": position.budget, "quality": position.quality, "dial": position.budget}
+    return {**unknown, **there, "between": between}
 
 
-def _show(found: Calibrated, choice: Choice, written: Path | None) -> None:
-    frontier: Frontier = found.frontier
-    rows = [_row("parent", frontier.parent)]
-    rows += [_row("→" if point is choice.point else "", point) for point in frontier.points]
-    print_table(COLUMNS, rows)
-    say(_sentence(choice))
+def _show(found: Calibrated, position: Position, written: Path | None) -> None:
+    points = found.frontier.points
+    rows = [_row("parent", found.frontier.parent)]
+    rows += [_row("→" if point is position.below else "", point) for point in points]
+    print_table(COLUMNS, rows, marked=1 + points.index(position.below))
+    say_wrapped(_sentence(position))
     if written is not None:
         say(f"Written to {written}: calls that name no dial use it.")
     if found.picture is not None:
         say(f"Picture: {found.picture}")
 
 
-def _row(mark: str, point: OperatingPoint) -> list[str | Text]:
-    from rich.text import Text
-
-    cells = [
+def _row(mark: str, point: OperatingPoint) -> list[str]:
+    return [
         mark,
         f"{point.budget:g}" if mark != "parent" else "",
         f"{point.active_share:.3f}",
@@ -122,16 +128,15 @@ def _row(mark: str, point: OperatingPoint) -> list[str | Text]:
         f"{point.agreement:.3f}",
         in_short(point.tokens_per_s),
     ]
-    return [Text(cell, style="bold green" if mark == "→" else "") for cell in cells]
 
 
-def _sentence(choice: Choice) -> str:
-    point = choice.point
-    if choice.above is None:
-        share = f"{point.active_share:.1%} of the FFN on average"
-        return f"Operating point: budget {point.budget:g}, quality {point.quality:.4f}, {share}."
+def _sentence(position: Position) -> str:
+    below, above = position.below, position.above
+    if above is None:
+        share = f"{below.active_share:.1%} of the FFN on average"
+        return f"Operating point: budget {below.budget:g}, quality {below.quality:.4f}, {share}."
     return (
-        f"Operating point: budget {choice.budget:g}, between two measured ones: {point.budget:g} "
-        f"(quality {point.quality:.4f}) and {choice.above.budget:g} (quality {choice.above.quality:.4f}). "
-        "Thresholds are interpolated there; expect a quality between the two."
+        f"Operating point: budget {position.budget:g}, between two measured ones: {below.budget:g} "
+        f"(quality {below.quality:.4f}) and {above.budget:g} (quality {above.quality:.4f}). "
+        f"Thresholds are interpolated there; so is the quality to expect, {position.quality:.4f}."
     )

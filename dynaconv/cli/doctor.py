@@ -15,7 +15,8 @@ from pathlib import Path
 import typer
 
 from dynaconv.artifacts.files import size_text
-from dynaconv.cli.output import print_table, say
+from dynaconv.cli.output import say
+from dynaconv.cli.table import Column, print_table
 from dynaconv.errors import ArtifactError
 from dynaconv.version import __version__
 
@@ -44,7 +45,8 @@ class Finding:
 def doctor() -> None:
     """Say what is installed, which devices there are, and what is missing. Exit code 3 when something is wrong."""
     findings = [*_python(), *_packages(), *_optional(), *_devices(), *_storage()]
-    print_table(["", "", ""], ([found.state, found.name, found.words] for found in findings), left=3)
+    columns = (Column("", words=True), Column("", words=True), Column("", words=True, wraps=32))
+    print_table(columns, ([found.state, found.name, found.words] for found in findings))
     wrong = [found.name for found in findings if found.state == WRONG]
     if wrong:
         raise ArtifactError(f"this machine cannot run dynaconv yet: {', '.join(wrong)}", hint="see the lines above")

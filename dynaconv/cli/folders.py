@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from dynaconv.artifacts.files import read_json
+from dynaconv.artifacts.files import storage_errors
 from dynaconv.artifacts.manifest import MANIFEST_FILE
 from dynaconv.artifacts.run import Run
-from dynaconv.calibrate.frontier import FRONTIER_FILE, PICTURE_FILE, Frontier
 from dynaconv.dynamic.layout import LAYOUT_FILE, OPERATING_POINT_FILE, ROUTER_FILE, Layout
-from dynaconv.errors import ArtifactError
+from dynaconv.errors import ArtifactError, ConfigError, QualityError
+from dynaconv.frontier import (
+    FRONTIER_FILE,
+    PICTURE_FILE,
+    Frontier,
+    FrontierError,
+    InvalidRequestError,
+    UnreachableError,
+)
 
 CONFIG_FILE = "config.json"
 # Where a run holds a model that can be loaded, the most finished first.
@@ -24,14 +32,12 @@ class Calibrated:
 
     Attributes:
         folder: What the user named.
-        content: The measured frontier as it was written.
-        frontier: The same, read.
+        frontier: The measured frontier.
         stored: Where the chosen operating point is kept; ``None`` where no model is exported yet.
         picture: Drawing of the frontier, if there is one.
     """
 
     folder: Path
-    content: dict[str, Any]
     frontier: Frontier
     stored: Path | None
     picture: Path | None
@@ -47,11 +53,10 @@ def find_calibrated(path: Path) -> Calibrated:
     if (folder / MANIFEST_FILE).is_file():
         return _of_run(folder)
     layout = read_layout(folder)
-    content = layout.frontier
-    if not content:
+    if layout.frontier is None:
         hint = "dynaconv calibrate RUN, then dynaconv export RUN"
         raise ArtifactError("this model was not calibrated", where=folder, hint=hint)
-    return _calibrated(folder, content, folder / OPERATING_POINT_FILE, folder / PICTURE_FILE, folder / LAYOUT_FILE)
+    return _calibrated(folder, layout.frontier, folder / OPERATING_POINT_FILE, folder / PICTURE_FILE)
 
 
 def _of_run(folder: Path) -> Calibrated:
@@ -63,14 +68,31 @@ def _of_run(folder: Path) -> Calibrated:
     measured = run.folder(record)
     exported = run.manifest.record("export")
     stored = run.folder(exported) / OPERATING_POINT_FILE if exported is not None else None
-    where = measured / FRONTIER_FILE
-    return _calibrated(folder, read_json(where), stored, measured / PICTURE_FILE, where)
+    with storage_errors(measured), frontier_errors():
+        frontier = Frontier.load(measured / FRONTIER_FILE)
+    return _calibrated(folder, frontier, stored, measured / PICTURE_FILE)
 
 
-def _calibrated(folder: Path, content: Any, stored: Path | None, picture: Path, where: Path) -> Calibrated:
-    frontier = Frontier.from_json(content, where=where)
-    shown = {"parent": content["parent"], "frontier": content["frontier"]}
-    return Calibrated(folder, shown, frontier, stored, picture if picture.is_file() else None)
+def _calibrated(folder: Path, frontier: Frontier, stored: Path | None, picture: Path) -> Calibrated:
+    return Calibrated(folder, frontier, stored, picture if picture.is_file() else None)
+
+
+@contextmanager
+def frontier_errors() -> Iterator[None]:
+    """Turns what a frontier refuses, which knows nothing of exit codes, into the errors of the command line.
+
+    Raises:
+        ConfigError: A budget or quality is out of its range.
+        QualityError: None of the measured points reaches it.
+        ArtifactError: The frontier is missing or damaged.
+    """
+    try:
+        yield
+    except FrontierError as error:
+        kind = {InvalidRequestError: ConfigError, UnreachableError: QualityError}.get(type(error), ArtifactError)
+        raise kind(
+            error.what, where=error.where, expected=error.expected, found=error.found, hint=error.hint
+        ) from error
 
 
 def model_folder(path: Path) -> Path:

@@ -9,9 +9,18 @@ from typing import Annotated, Any
 import typer
 
 from dynaconv.artifacts.files import size_text
-from dynaconv.cli.output import in_time, print_json, print_table, say
+from dynaconv.cli.output import in_time, print_json, say
+from dynaconv.cli.table import Column, print_table
 
 SHOWN_METRICS = 4
+STAGE_COLUMNS = (
+    Column("stage", words=True),
+    Column("status", words=True),
+    Column("time"),
+    Column("peak memory", optional=1),
+    Column("fingerprint", optional=2),
+    Column("measured", words=True, wraps=32),
+)
 
 
 def status(
@@ -42,7 +51,7 @@ def print_stages(found: Mapping[str, Any]) -> None:
         ]
         for stage in found["stages"]
     ]
-    print_table(["stage", "status", "time", "peak memory", "fingerprint", "measured"], rows, left=2, last=True)
+    print_table(STAGE_COLUMNS, rows)
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:

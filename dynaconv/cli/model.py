@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dynaconv.cli.folders import check_weights, model_folder, read_layout, scored_folder
-from dynaconv.cli.output import print_json, print_table
+from dynaconv.cli.output import print_json
+from dynaconv.cli.table import Column, print_table
 from dynaconv.errors import ArtifactError, CheckpointError, ConfigError, QualityError
 from dynaconv.evaluation.perplexity import TOKENS, evaluate_folder
 
@@ -48,7 +49,7 @@ def evaluate(
     if as_json:
         print_json(scores)
     else:
-        print_table(["", ""], [[name, _shown(value)] for name, value in scores.items()])
+        print_table((Column("", words=True), Column("")), [[name, _shown(value)] for name, value in scores.items()])
 
 
 def _shown(value: Any) -> str:

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dynaconv.errors import DynaconvError
-
-if TYPE_CHECKING:
-    from rich.text import Text
-
-WIDTH_IN_A_PIPE = 160
 
 
 def print_json(content: Any) -> None:
@@ -40,25 +34,14 @@ def say(line: str) -> None:
     sys.stdout.write(line + "\n")
 
 
-def print_table(
-    columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, left: int = 1, last: bool = False
-) -> None:
-    """Prints a table on stdout. The first ``left`` columns are words, and the ``last`` one if set; others numbers."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def say_wrapped(sentence: str) -> None:
+    """As :func:`say`; a terminal breaks it between words, never within a number."""
+    from shutil import get_terminal_size
+    from textwrap import fill
 
-    table = Table(box=box.SIMPLE_HEAD, show_header=any(columns))
-    for position, name in enumerate(columns):
-        words = position < left or (last and position == len(columns) - 1)
-        table.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=not words)
-    for row in rows:
-        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
-    console = Console(highlight=False)
-    if not console.is_terminal:  # in a pipe: as wide as it needs to be, not 80 columns
-        console = Console(highlight=False, width=WIDTH_IN_A_PIPE)
-    console.print(table)
+    if sys.stdout.isatty():
+        sentence = fill(sentence, get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)
+    say(sentence)
 
 
 def in_short(count: float | None) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dynaconv.dynamic.layout import DialTable, Layout
-from dynaconv.frontier import budget_for_quality
+from dynaconv.frontier import check_budget, check_quality
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Dial:
 
     Attributes:
         budget: Mean active FFN share, in (0, 1]. 1 is the full dial: the parent's own function.
-        quality: exp(parent loss - loss) to hold, above 0; turned into a budget by the measured frontier.
+        quality: exp(parent loss - loss) to hold, above 0; turned into a budget by the measured frontier. Above 1
+            where the model is better than its parent.
         width: The same number of blocks for every token, from 0; needs no calibration.
 
     Raises:
@@ -34,10 +35,10 @@ class Dial:
         given = [name for name in ("budget", "quality", "width") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"a dial is one of budget, quality or width; given: {', '.join(given) or 'none'}")
-        if self.budget is not None and not 0 < self.budget <= 1:
-            raise ValueError(f"budget {self.budget} is outside (0, 1]")
-        if self.quality is not None and not 0 < self.quality < math.inf:
-            raise ValueError(f"quality {self.quality} is not above 0")
+        if self.budget is not None:
+            check_budget(self.budget)
+        if self.quality is not None:
+            check_quality(self.quality)
         if self.width is not None and self.width < 0:
             raise ValueError(f"width {self.width} is negative")
 
@@ -71,19 +72,25 @@ class Dial:
             ValueError: The model has no calibrated dial, the budget lies below the lowest calibrated one, or no measured
                 point reaches the quality.
         """
-        if self.width is not None:
-            raise ValueError("a uniform width has no router threshold")
-        budget = self.budget if self.budget is not None else self._budget_for_quality(layout)
+        budget = self.resolved(layout)
         if budget == 1.0:
             return (-math.inf,) * layout.layers
         return _interpolated(_calibrated(layout.dial), budget)
 
-    def _budget_for_quality(self, layout: Layout) -> float:
+    def resolved(self, layout: Layout) -> float:
+        """The budget that this dial means for the model of ``layout``.
+
+        Raises:
+            ValueError: It is a width, the model was not calibrated, or no measured point reaches the quality.
+        """
+        if self.budget is not None:
+            return self.budget
+        if self.quality is None:
+            raise ValueError("a uniform width has no budget, and no router threshold")
         _calibrated(layout.dial)
-        if layout.frontier is None or self.quality is None:
+        if layout.frontier is None:
             raise ValueError("this model has no measured frontier to find a quality on: run `dynaconv calibrate`")
-        points = layout.frontier.points
-        return budget_for_quality([p.budget for p in points], [p.quality for p in points], self.quality)
+        return layout.frontier.budget_for_quality(self.quality)
 
 
 def _calibrated(table: DialTable | None) -> DialTable:

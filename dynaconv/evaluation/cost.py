@@ -1,11 +1,11 @@
 """What one token costs at a given active share: FLOPs of a forward pass, and bytes read at batch 1.
 
-Router cost is included. L layers, N blocks, D residual width.
+Routers cost what they cost where they run: everywhere but at the full dial. L layers, N blocks, D residual width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dynaconv.arch.checkpoint import Checkpoint
 
@@ -63,6 +63,10 @@ class CostModel:
             context=context,
             itemsize=checkpoint.dtype.itemsize,
         )
+
+    def without_routers(self) -> CostModel:
+        """The same checkpoint at the full dial, where no router runs."""
+        return replace(self, router=0)
 
     def flops_per_token(self, share: float) -> float:
         """FLOPs of one token's forward pass: two a weight, and attention over the context."""

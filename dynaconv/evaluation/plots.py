@@ -2,50 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dynaconv.frontier import Frontier
 
-def draw_frontier(content: Mapping[str, Any], path: Path) -> None:
-    """Quality against FLOPs a token, the parent marked, and the widths of the layers beneath it.
+PARENT_COLOR, DIAL_COLOR = "#c1121f", "#2a6f97"
+LIGHTEST = 0.35
+"""Where the ramp of budgets begins on matplotlib's ``Blues``, from 0 to 1; lighter ones vanish on white."""
+LABEL_HEIGHT = 0.055
+"""Least distance between two labels at the ends of lines, as a share of the height of the axes."""
+
+
+def draw_frontier(frontier: Frontier, path: Path, *, name: str = "") -> None:
+    """Quality against FLOPs a token with the parent marked, and the mean number of active blocks of each layer.
 
     Args:
-        content: What ``frontier.json`` holds.
+        frontier: What was measured.
         path: PNG to write.
+        name: Name of the model, for the title; no title where it is empty.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
 
-    points, parent = content["frontier"], content["parent"]
     figure = Figure(figsize=(10.5, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
-    cost = [point["flops_per_token"] / parent["flops_per_token"] for point in points]
-    left.plot(cost, [point["quality"] for point in points], "o-", color="#2a6f97", label="dial")
-    left.plot(1.0, 1.0, "*", color="#c1121f", markersize=14, label="dense parent")
-    left.axhline(1.0, color="#c1121f", linewidth=0.8, linestyle=":")
-    for x, point in zip(cost, points, strict=True):
-        label, offset = f"{point['budget']:g}", (6, -12)
-        left.annotate(label, (x, point["quality"]), textcoords="offset points", xytext=offset, fontsize=8)
-    left.set(xlabel="FLOPs a token, share of the parent's", ylabel="quality: exp(parent loss - loss)")
-    left.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    left.set_title("points are labelled with the budget: the active FFN share asked for", fontsize=9)
-    left.legend(loc="upper left", frameon=False)
-    left.margins(0.06, 0.1)
-    left.grid(alpha=0.25)
-    _draw_widths(right, [point["width_by_layer"] for point in points], [point["budget"] for point in points])
+    _draw_quality(left, frontier)
+    _draw_widths(right, frontier)
+    if name:
+        figure.suptitle(name, fontsize=11, parse_math=False)
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
-def _draw_widths(axes: Any, widths: Sequence[Sequence[float]], budgets: Sequence[float]) -> None:
-    for row, budget in zip(widths, budgets, strict=True):
-        layers = range(1, len(row) + 1)
-        axes.plot(layers, row, ".-", linewidth=1.2, label=f"{budget:g}")
-    axes.set(xlabel="layer", ylabel="mean width in blocks", ylim=(0, None))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_title("where the budget goes", fontsize=9)
+def _draw_quality(axes: Any, frontier: Frontier) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    cost = [point.flops_per_token / frontier.parent.flops_per_token for point in frontier.points]
+    axes.plot(
+        cost, [point.quality for point in frontier.points], "o-", color=DIAL_COLOR, label="dial, with its budgets"
+    )
+    axes.plot(1.0, 1.0, "*", color=PARENT_COLOR, markersize=14, label="dense parent")
+    axes.axhline(1.0, color=PARENT_COLOR, linewidth=0.8, linestyle=":")
+    for number, (x, point) in enumerate(zip(cost, frontier.points, strict=True)):
+        # The full dial runs no routers, so it may cost less than the budget before it: out of the way of that one.
+        beside = (-6, 7) if number and x < cost[number - 1] else (6, -12)
+        axes.annotate(f"{point.budget:g}", (x, point.quality), textcoords="offset points", xytext=beside, fontsize=8)
+    axes.set(xlabel="FLOPs a token, share of the parent's", ylabel="quality: exp(parent loss - loss)")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_title("quality and cost at each budget (the active FFN share requested)", fontsize=9)
+    axes.legend(loc="upper left", frameon=False)
+    axes.margins(0.1, 0.1)
     axes.grid(alpha=0.25)
-    beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
-    axes.legend(title="budget", fontsize=8, title_fontsize=8, frameon=False, reverse=True, **beside)
+
+
+def _draw_widths(axes: Any, frontier: Frontier) -> None:
+    """One line a budget, the larger the darker, each labelled at its right end."""
+    from matplotlib import colormaps
+
+    points, ramp = frontier.points, colormaps["Blues"]
+    for number, point in enumerate(points):
+        part = number / max(1, len(points) - 1)
+        layers = range(1, len(point.width_by_layer) + 1)
+        axes.plot(layers, point.width_by_layer, ".-", linewidth=1.4, color=ramp(LIGHTEST + part * (1 - LIGHTEST)))
+    axes.set(xlabel="layer", ylabel="active blocks, mean over tokens", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title("active blocks by layer at each budget", fontsize=9)
+    axes.grid(alpha=0.25)
+    labelled = sorted((point for point in points if point.width_by_layer), key=lambda point: point.width_by_layer[-1])
+    heights = spread([point.width_by_layer[-1] for point in labelled], LABEL_HEIGHT * axes.get_ylim()[1])
+    for height, point in zip(heights, labelled, strict=True):
+        axes.annotate(
+            f"{point.budget:g}",
+            (len(point.width_by_layer), height),
+            textcoords="offset points",
+            xytext=(8, 0),
+            va="center",
+            fontsize=8,
+            annotation_clip=False,
+        )
+
+
+def spread(positions: Sequence[float], distance: float) -> list[float]:
+    """Ascending ``positions``, moved upwards as little as keeps them ``distance`` apart."""
+    placed: list[float] = []
+    for position in positions:
+        placed.append(max(position, placed[-1] + distance) if placed else position)
+    return placed

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from dynaconv.dynamic.layout import Layout
+from dynaconv.dynamic.routers.kinds import KINDS
+from dynaconv.frontier import Frontier, OperatingPoint
+from dynaconv.kernels.partition import Partition
 from dynaconv.version import __version__
 
 _USE = """\
@@ -31,6 +34,8 @@ def model_card(layout: Layout, parent: str, training: Mapping[str, Any]) -> str:
         training: Resolved ``finetune`` section where the model was tuned, else empty.
     """
     kind = {"none": "none: every token gets the same width"}.get(layout.router.kind, f"`{layout.router.kind}`")
+    frontier, routed = layout.frontier, KINDS[layout.router.kind].experts == "routed"
+    assert frontier is not None, "calibrate comes before export"
     lines = [
         "---",
         "library_name: transformers",
@@ -41,7 +46,7 @@ def model_card(layout: Layout, parent: str, training: Mapping[str, Any]) -> str:
         f"# {parent} with a dial",
         "",
         f"Made from `{parent}` by dynaconv {__version__}. Its feed-forward networks are cut into {layout.blocks} "
-        f"blocks of neurons, and a router in each layer says {'which' if layout.routed else 'how many'} of them a "
+        f"blocks of neurons, and a router in each layer says {'which' if routed else 'how many'} of them a "
         "token uses. With every block on, it is a plain dense checkpoint.",
         "",
         "## Use",
@@ -50,18 +55,18 @@ def model_card(layout: Layout, parent: str, training: Mapping[str, Any]) -> str:
         "",
         "## What was measured",
         "",
-        _table(layout.frontier),
+        _table(frontier),
         "",
         "![frontier](frontier.png)",
         "",
         "Quality is exp(parent loss - loss): 1 is the parent's perplexity. Loss is in nats a token on "
-        f"{layout.frontier['parent']['scored_tokens']} tokens of held-out text; tokens/s is generation at batch 1 on "
-        "the machine that made this. FLOPs and bytes include the routers.",
+        f"{frontier.scored_tokens} tokens of held-out text; tokens/s is generation at batch 1 on "
+        "the machine that made this. FLOPs and bytes include the routers, which do not run with every block on.",
         "",
         "## Lineage",
         "",
         f"- parent: `{parent}`",
-        f"- blocks end at neurons {', '.join(map(str, layout.edges[1:]))} of {layout.edges[-1]}",
+        f"- {_blocks(layout.partition)}",
         f"- router: {kind}",
         *([f"- fine-tuned on {training['tokens']:,} tokens, target `{training['router']}`"] if training else []),
         *(f"- stage `{name}`: fingerprint `{mark}`" for name, mark in layout.lineage.get("stages", {}).items()),
@@ -70,25 +75,31 @@ def model_card(layout: Layout, parent: str, training: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _table(frontier: Mapping[str, Any]) -> str:
+def _blocks(partition: Partition) -> str:
+    if partition.block_size:
+        return f"{partition.neurons} neurons in {partition.blocks} blocks of {partition.block_size}"
+    return f"blocks end at neurons {', '.join(map(str, partition.edges[1:]))} of {partition.neurons}"
+
+
+def _table(frontier: Frontier) -> str:
     rows = [
         "| dial | active share | loss | quality | agrees with parent | GFLOPs/token | MB/token | tokens/s |",
         "|---|---|---|---|---|---|---|---|",
-        _row("dense parent", {"active_share": 1.0, "quality": 1.0, "agreement": 1.0, **frontier["parent"]}),
+        _row("dense parent", frontier.parent),
+        *(_row(f"{point.budget:g}", point) for point in frontier.points),
     ]
-    return "\n".join(rows + [_row(f"{point['budget']:g}", point) for point in frontier["frontier"]])
+    return "\n".join(rows)
 
 
-def _row(name: str, point: Mapping[str, Any]) -> str:
-    speed = point.get("tokens_per_s")
+def _row(name: str, point: OperatingPoint) -> str:
     cells = [
         name,
-        f"{point['active_share']:.3f}",
-        f"{point['loss']:.4f}",
-        f"{point['quality']:.4f}",
-        f"{point['agreement']:.3f}",
-        f"{point['flops_per_token'] / 1e9:.4g}",
-        f"{point['bytes_per_token'] / 1e6:.4g}",
-        "" if speed is None else f"{speed:.0f}",
+        f"{point.active_share:.3f}",
+        f"{point.loss:.4f}",
+        f"{point.quality:.4f}",
+        f"{point.agreement:.3f}",
+        f"{point.flops_per_token / 1e9:.4g}",
+        f"{point.bytes_per_token / 1e6:.4g}",
+        "" if point.tokens_per_s is None else f"{point.tokens_per_s:.0f}",
     ]
     return f"| {' | '.join(cells)} |"

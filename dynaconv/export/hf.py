@@ -13,11 +13,11 @@ from typing import Any
 
 from dynaconv.arch.checkpoint import CONFIG_FILE, copy_side_files, read_config
 from dynaconv.artifacts.files import atomic_write, require_space, storage_errors, write_json
-from dynaconv.calibrate.frontier import FRONTIER_FILE, PICTURE_FILE
 from dynaconv.dynamic.layout import ROUTER_FILE, Layout
 from dynaconv.export.bundle import ENTRY_CLASS, ENTRY_FILE, write_bundle
 from dynaconv.export.card import model_card
 from dynaconv.export.check import check
+from dynaconv.frontier import FRONTIER_FILE, PICTURE_FILE
 from dynaconv.version import __version__
 
 CARD_FILE = "README.md"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from dynamic_models import dynamic_model, token_ids
 
+from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.calibrate.solve import solve_budget
 from dynaconv.calibrate.sweep import Text, levels_for, measure, uniform_table
 from dynaconv.config import CalibrateConfig
@@ -57,11 +58,29 @@ def test_sweep_measures_a_monotone_dial(tiny_checkpoint: Maker, kind: str) -> No
         frontier = measure(model, parent, text, (COST, COST), 3, task)
     assert table.budgets == (0.25, 0.5, 0.75, 1.0)
     assert all(a <= b for low, high in pairwise(table.levels) for a, b in zip(low, high, strict=True))
-    rows = frontier["frontier"]
-    shares = [row["active_share"] for row in rows]
+    rows = frontier.points
+    shares = [row.active_share for row in rows]
     assert shares == sorted(shares) and shares[-1] == 1.0
     assert shares[:3] == pytest.approx([0.25, 0.5, 0.75], abs=0.06 if routed else 1e-9)
-    assert rows[-1]["quality"] == pytest.approx(1.0, abs=1e-4) and rows[-1]["agreement"] == 1.0
-    assert all(row["tokens_per_s"] > 0 for row in [*rows, frontier["parent"]])
-    flops = [row["flops_per_token"] for row in rows]
+    assert rows[-1].quality == pytest.approx(1.0, abs=1e-4) and rows[-1].agreement == 1.0
+    assert all(row.tokens_per_s is not None and row.tokens_per_s > 0 for row in [*rows, frontier.parent])
+    assert all(len(row.width_by_layer) == 2 for row in rows)
+    assert frontier.budgets == table.budgets and frontier.scored_tokens == 8 * 63
+    flops = [row.flops_per_token for row in rows]
     assert flops == sorted(flops)
+    assert flops[0] == COST.flops_per_token(shares[0]), "routers run there"
+
+
+def test_the_full_dial_costs_what_the_dense_model_does(tiny_checkpoint: Maker) -> None:
+    folder = tiny_checkpoint(ffn=64)
+    model, parent = dynamic_model(folder), dynamic_model(folder, "none")
+    model.layout = model.layout.with_dial(uniform_table(model.layout, [0.5]), {})
+    checkpoint = Checkpoint.open(folder)
+    routers = sum(value.numel() for value in model.router_state().values())
+    costs = tuple(CostModel.of(checkpoint, router=elements, context=32) for elements in (0, routers))
+    with Progress(quiet=True).task("calibrate", 2) as task:
+        frontier = measure(model, parent, Text(BATCHES[:1], BATCHES[1:]), costs, 0, task)
+    half, full = frontier.points
+    assert full.flops_per_token == frontier.parent.flops_per_token
+    assert full.bytes_per_token == frontier.parent.bytes_per_token
+    assert half.flops_per_token == costs[0].flops_per_token(half.active_share) + 2 * routers > 0

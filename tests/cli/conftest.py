@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -46,6 +47,18 @@ def dynaconv() -> Callable[..., Ran]:
             raise unexpected
         assert "Traceback" not in result.stderr
         return Ran(result.exit_code, result.stdout, result.stderr)
+
+    return run
+
+
+@pytest.fixture
+def on_terminal(monkeypatch: pytest.MonkeyPatch, dynaconv: Callable[..., Ran]) -> Callable[..., list[str]]:
+    """Runs ``dynaconv ARGUMENTS`` as on a terminal of so many columns; returns the lines on stdout without colors."""
+
+    def run(columns: int, *arguments: object) -> list[str]:
+        for name, value in {"TERM": "xterm", "FORCE_COLOR": "1", "COLUMNS": str(columns)}.items():
+            monkeypatch.setenv(name, value)
+        return re.sub("\x1b\\[[0-9;]*m", "", dynaconv(*arguments).out).splitlines()
 
     return run
 

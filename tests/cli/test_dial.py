@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from dynaconv.dynamic.layout import FFNLayout, Layout
 
@@ -63,14 +66,41 @@ def test_a_budget(dynaconv: Callable, model: Path) -> None:
     exact = chosen(dynaconv, model, "--budget", 0.5)
     assert (exact["budget"], exact["dial"], exact["between"]) == (0.5, 0.5, None)
     between = chosen(dynaconv, model, "--budget", 0.6)
-    assert (between["budget"], between["dial"], between["between"]) == (0.5, 0.6, [0.5, 0.75])
+    assert (between["budget"], between["dial"], between["between"]) == (0.6, 0.6, [0.5, 0.75])
+    assert between["quality"] == pytest.approx(0.9 + 0.4 * 0.07)
+    assert set(between) >= POINT and between["loss"] is None, "what was not measured is not made up"
     told = dynaconv("dial-k", model, "--budget", 0.6).out
     assert "between two measured ones: 0.5 (quality 0.9000) and 0.75 (quality 0.9700)" in told
 
 
 def test_a_quality(dynaconv: Callable, model: Path) -> None:
     assert chosen(dynaconv, model, "--quality", 0.9)["budget"] == 0.5
-    assert chosen(dynaconv, model, "--quality", 0.901)["budget"] == 0.75
+    between = chosen(dynaconv, model, "--quality", 0.935)
+    assert (between["budget"], between["between"]) == (pytest.approx(0.625), [0.5, 0.75])
+    assert between["quality"] == pytest.approx(0.935)
+
+
+def test_a_quality_above_the_parents(dynaconv: Callable, model: Path) -> None:
+    layout = Layout.load(model)
+    points = [{**point, "quality": point["quality"] + 0.1} for point in layout.frontier["frontier"]]
+    layout.with_dial(None, {**layout.frontier, "frontier": points}).save(model)  # type: ignore[arg-type]
+    assert chosen(dynaconv, model, "--quality", 1.07)["budget"] == 0.75
+
+
+def test_a_quality_means_the_same_budget_to_the_command_and_to_the_model(dynaconv: Callable, converted: Path) -> None:
+    import dynaconv as package
+
+    loaded = package.load(converted / "05-export")
+    qualities = [point["quality"] for point in loaded.layout.frontier["frontier"]]
+    for quality in [*qualities, *(sum(pair) / 2 for pair in pairwise(qualities)), min(qualities) / 2]:
+        budget = chosen(dynaconv, converted, "--quality", repr(quality))["dial"]
+        asked = package.Dial(quality=quality)
+        assert asked.resolved(loaded.layout.dial) == budget
+        assert torch.equal(levels(loaded, asked), levels(loaded, package.Dial(budget=budget)))
+
+
+def levels(model: Any, dial: Any) -> torch.Tensor:
+    return torch.tensor(dial.levels(model.layout.dial, model.layout.layers))
 
 
 def test_neither_shows_where_the_model_stands(dynaconv: Callable, model: Path) -> None:
@@ -86,6 +116,24 @@ def test_the_table_marks_the_point_beside_the_parent(dynaconv: Callable, model: 
     assert marked[:2] == ["→", "0.5"]
     (parent,) = [line.split() for line in lines if "parent" in line]
     assert parent == ["parent", "1.000", "2M", "2.0", "MB", "1.5000", "1.0000", "1.000", "-"]
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_the_table_is_whole_on_a_terminal(on_terminal: Callable, model: Path, width: int) -> None:
+    lines = on_terminal(width, "dial-k", model, "--budget", 0.5)
+    assert max(map(len, lines)) <= width
+    (marked,) = [line.split() for line in lines if "→" in line]
+    assert marked == ["→", "0.5", "0.501", "1.5M", "1.5", "MB", "1.6000", "0.9000", "0.800", "-"]
+    (parent,) = [line.split() for line in lines if "parent" in line]
+    assert parent == ["parent", "1.000", "2M", "2.0", "MB", "1.5000", "1.0000", "1.000", "-"]
+    assert not any("Left out" in line for line in lines)
+
+
+def test_what_a_narrow_terminal_leaves_out_is_named(on_terminal: Callable, model: Path) -> None:
+    lines = on_terminal(60, "dial-k", model, "--budget", 0.5)
+    (marked,) = [line.split() for line in lines if "→" in line]
+    assert marked == ["→", "0.5", "0.501", "1.5M", "1.6000", "0.9000", "-"]
+    assert "Left out at 60 columns: bytes/token, agreement. A wider terminal or --json shows them." in lines
 
 
 def test_a_written_point_is_what_the_model_uses(dynaconv: Callable, converted: Path, tmp_path: Path) -> None:
@@ -137,6 +185,21 @@ def test_what_is_no_model(dynaconv: Callable, tmp_path: Path, model: Path) -> No
     ran = dynaconv("dial-k", model)
     assert ran.code == 3
     assert "upgrade dynaconv" in ran.err
+
+
+@pytest.mark.parametrize(("content", "said"), [(None, "missing"), ("{", "not valid JSON"), ("{}", "cannot be read")])
+def test_a_damaged_frontier(
+    dynaconv: Callable, converted: Path, tmp_path: Path, content: str | None, said: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(converted, run)
+    frontier = run / "04-calibrate" / "frontier.json"
+    frontier.unlink()
+    if content is not None:
+        frontier.write_text(content)
+    ran = dynaconv("dial-k", run)
+    assert (ran.code, ran.out) == (3, "")
+    assert said in ran.err and str(frontier) in ran.err
 
 
 def test_a_damaged_stored_point(dynaconv: Callable, model: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynaconv.dynamic.dial import Dial, as_dial, budget_for_quality
+from dynaconv.dynamic.dial import Dial, as_dial
 from dynaconv.dynamic.layout import DialTable
 
 TABLE = DialTable((0.25, 0.5, 1.0), ((0.0, 1.0), (2.0, 2.0), (9.0, 9.0)), (0.8, 0.9, 1.0))
@@ -47,10 +47,19 @@ def test_levels_are_those_measured_at_measured_budgets() -> None:
 
 
 def test_quality_becomes_the_lowest_budget_that_holds_it() -> None:
-    assert budget_for_quality(TABLE, 0.85) == pytest.approx(0.375)
-    assert budget_for_quality(TABLE, 0.5) == 0.25
-    with pytest.raises(ValueError, match=r"best is 0\.7"):
-        budget_for_quality(DialTable((1.0,), ((1.0,),), (0.7,)), 0.9)
+    assert Dial(quality=0.85).resolved(TABLE) == pytest.approx(0.375)
+    assert Dial(quality=0.85).levels(TABLE, 2) == pytest.approx((1.0, 1.5))
+    assert Dial(quality=0.5).resolved(TABLE) == 0.25
+    with pytest.raises(ValueError, match=r"nearest is 0\.7"):
+        Dial(quality=0.9).levels(DialTable((1.0,), ((1.0,),), (0.7,)), 1)
+
+
+def test_a_quality_above_the_parents_is_one_like_any_other() -> None:
+    tuned = DialTable((0.5, 1.0), ((0.0,), (9.0,)), (0.9, 1.3))
+    assert Dial(quality=1.1).resolved(tuned) == pytest.approx(0.75)
+    for wrong in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="not above 0"):
+            Dial(quality=wrong)
 
 
 def test_budget_below_the_calibrated_range_says_what_the_lowest_is() -> None:

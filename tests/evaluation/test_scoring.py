@@ -119,6 +119,8 @@ def test_cost_counts_what_the_model_has(tiny_checkpoint: Maker) -> None:
     everything = sum(p.numel() for p in stock.parameters())
     cache = 2 * 2 * 2 * 16 * 8
     assert cost.bytes_per_token(1.0) == 4 * (everything + 64 + cache) + 400
+    dense = CostModel.of(checkpoint, router=0, context=8)
+    assert cost.without_routers() == dense != cost
 
 
 def test_folder_is_scored_with_its_record(tiny_checkpoint: Maker, tmp_path: Path, text_file: Path) -> None:

@@ -32,4 +32,5 @@ def test_names_do_not_collide_and_the_class_is_there() -> None:
     modules = shipped_modules()
     assert len({flat_name(module) for module in modules}) == len(modules)
     assert f"class {ENTRY_CLASS}" in modules["dynaconv.dynamic.modeling"]
+    assert flat_name("dynaconv.frontier") == "dynaconv_frontier" and "dynaconv.frontier" in modules
     assert not any("curves" in module for module in modules), "what only training needs stays at home"

@@ -52,8 +52,7 @@ def test_plain_lines_are_few_and_true(clock: list[float], caplog: pytest.LogCapt
             task.advance(1, tokens=2000, note=f"loss {i}")
     lines = stream.getvalue().splitlines()
     assert len(lines) == 10  # 50 seconds, a line every 5, the last one at the end
-    assert lines[0].startswith("1/5 profile  10/100 layers  4k tokens/s  0:45 left  peak ")
-    assert lines[0].endswith("loss 9")
+    assert lines[0].startswith("1/5 profile  10/100 layers  4k tokens/s  0:45 left  loss 9  peak ")
     assert lines[-1].startswith("1/5 profile  100/100 layers  4k tokens/s  0:50 so far")
     assert [record.getMessage() for record in caplog.records] == lines
 
@@ -102,6 +101,49 @@ def test_live_display_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a line that stays" in shown
     assert shown.rstrip().endswith("after")
     assert "\x1b[?25h" in shown  # the cursor is back
+
+
+NOTES = ["loss 10.164 dial 10.203 kl 10.016", "difference 1.2e-07, loss 12.345", "budget 0.375 spends 0.379"]
+
+
+@pytest.mark.parametrize("note", NOTES)
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_a_note_is_whole_at_any_width(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch, width: int, note: str
+) -> None:
+    from rich.console import Console
+
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    with (
+        Progress(stream=stream) as progress,
+        progress.in_stage("finetune", 3, 5),
+        progress.task("finetune", total=20_000, unit="steps") as task,
+    ):
+        clock[0] += 3000
+        task.advance(12_500, tokens=8e6, note=note)
+        shown = Console(file=io.StringIO(), width=width)
+        shown.print(progress._lines())
+    lines = shown.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= width
+    assert lines[0].startswith("3/5 finetune ━")
+    text = "\n".join(lines)
+    assert all(part in text for part in ("12500/20000 steps", "2.67k tokens/s", "30:00 left", note))
+
+
+def test_memory_is_the_first_to_go(clock: list[float]) -> None:
+    with Progress(quiet=True) as progress, progress.task("finetune", total=32, unit="steps") as task:
+        clock[0] += 10
+        task.advance(25, tokens=26_700, note="loss 3.1")
+        whole = task.words()
+        assert whole.startswith("25/32 steps  2.67k tokens/s  0:03 left  loss 3.1  peak ")
+        assert task.lines(len(whole)) == [whole]
+        without = whole.partition("  peak")[0]
+        assert task.lines(len(whole) - 1) == [without]
+        assert task.lines(len(without)) == [without]
+        assert task.lines(len(without) - 1) == ["25/32 steps  2.67k tokens/s  0:03 left", "  loss 3.1"]
+        assert task.lines(25) == ["25/32 steps  0:03 left", "  loss 3.1"]
 
 
 def test_an_error_within_ends_the_display() -> None:
