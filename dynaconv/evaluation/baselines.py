@@ -74,8 +74,7 @@ def static_widths(means: Sequence[float], blocks: int) -> tuple[int, ...]:
 
 
 def oracle_router(ffn: DynamicFFN) -> Router:
-    """A router that knows each token's true curve, as a perfect ``curve`` router would; of routed experts, what its
-    blocks add."""
+    """A router that knows each token's true curve, or what each of its blocks adds: a perfect router of its kind."""
     rule = KINDS["linear" if ffn.router.experts == "routed" else "curve"]
 
     class Oracle(rule):  # type: ignore[valid-type, misc]
