@@ -74,6 +74,16 @@ def make_checkpoint(
 
 
 @pytest.fixture
+def hostile_folder(tmp_path: Path) -> Path:
+    """A folder with modules that bear the names of others and leave a file ``executed`` when one is imported."""
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    for name in ("json", "numpy", "torch", "pickle", "safetensors"):
+        (folder / f"{name}.py").write_text("import os\nopen(os.path.dirname(__file__) + '/executed', 'w').close()\n")
+    return folder
+
+
+@pytest.fixture
 def tiny_checkpoint(tmp_path: Path) -> Callable[..., Path]:
     """Makes a tiny checkpoint; see :func:`make_checkpoint`. Each call makes another folder."""
     made: list[Path] = []

@@ -115,3 +115,14 @@ def test_front_door_imports_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({heavy!r} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == []
+
+
+def test_every_python_that_is_started_leaves_the_current_folder_out() -> None:
+    started = [
+        (path.name, ast.literal_eval(node.elts[1]))
+        for path in FILES
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.List) and node.elts and ast.unparse(node.elts[0]) == "sys.executable"
+    ]
+    assert len(started) >= 4
+    assert all(first == "-P" for _, first in started), started

@@ -129,6 +129,8 @@ def replacing(path: Path, *, needed: int | None = None) -> Iterator[Path]:
     """
     partial = partial_name(path)
     with storage_errors(path, needed=needed):
+        if os.path.lexists(partial):  # perhaps a link: what it leads to is not ours to write
+            partial.unlink()
         try:
             yield partial
             sync_file(partial)
@@ -171,7 +173,7 @@ def read_json(path: Path) -> Any:
             return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtifactError(f"{path.name} is missing", where=path.parent) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter from lists within lists without end
         raise ArtifactError(f"{path.name} is damaged: not valid JSON", where=path, found=error) from error
 
 

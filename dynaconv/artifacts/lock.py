@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from dynaconv.artifacts.files import storage_errors
-from dynaconv.errors import LockedRunError
+from dynaconv.errors import ArtifactError, LockedRunError
 
 SECONDS_OF_PATIENCE = 0.5  # someone may be asking who holds it, which takes it for an instant
 
@@ -22,10 +24,9 @@ def exclusive(path: Path) -> Iterator[None]:
 
     Raises:
         LockedRunError: Another process holds it, named by its pid.
-        ArtifactError: The folder is read-only or not accessible.
+        ArtifactError: The folder is read-only or not accessible, or ``path`` is something else than a file.
     """
-    with storage_errors(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = _open(path, os.O_RDWR | os.O_CREAT)
     try:
         if not _acquired(descriptor):
             raise LockedRunError(
@@ -43,11 +44,14 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 def holder(path: Path) -> str | None:
-    """Who holds the lock on ``path``, such as ``"pid 123 on host"``; ``None`` when nobody does."""
-    if not path.exists():
+    """Who holds the lock on ``path``, such as ``"pid 123 on host"``; ``None`` when nobody does.
+
+    Raises:
+        ArtifactError: ``path`` is not accessible or something else than a file.
+    """
+    if not os.path.lexists(path):
         return None
-    with storage_errors(path):
-        descriptor = os.open(path, os.O_RDONLY)
+    descriptor = _open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -56,6 +60,26 @@ def holder(path: Path) -> str | None:
         return None
     finally:
         os.close(descriptor)
+
+
+def _open(path: Path, flags: int) -> int:
+    """A descriptor of the plain file ``path``: a link would have another file written to, and a pipe has no end."""
+    try:
+        with storage_errors(path):
+            descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise _no_file(path) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _no_file(path)
+    return descriptor
+
+
+def _no_file(path: Path) -> ArtifactError:
+    hint = "remove it, unless another process is at work here"
+    return ArtifactError("the lock is not a plain file", where=path, expected="a file or nothing", hint=hint)
 
 
 def _acquired(descriptor: int) -> bool:

@@ -2,21 +2,28 @@
 
 The ledger is also the journal of publishing: a record stands under ``publishing`` from the moment its folder is
 complete until its folder has its place, so that whoever finds it after a crash can finish the job.
+
+A run may come from anywhere, and folders named here are written, moved and deleted. So nothing of a manifest is used
+before every field has the right type and every path stays within the run.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import uuid
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dynaconv.artifacts.files import read_json, write_json
+from dynaconv.artifacts.typed import JsonFile
 from dynaconv.errors import ArtifactError
 
 SCHEMA = 1
 MANIFEST_FILE = "manifest.json"
+STAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
+LONGEST_NAME, LONGEST_PATH = 255, 2000  # bytes; file systems hold that much and not much more
 
 
 @dataclass(frozen=True)
@@ -66,12 +73,6 @@ class StageRecord:
     peak_rss_bytes: int
     superseded: bool = False
 
-    @classmethod
-    def parse(cls, content: Mapping[str, Any]) -> StageRecord:
-        """From its JSON form."""
-        outputs = tuple(Output(**output) for output in content["outputs"])
-        return cls(**{**content, "outputs": outputs, "parents": tuple(content["parents"])})
-
 
 @dataclass
 class Manifest:
@@ -104,12 +105,12 @@ class Manifest:
         """Reads ``manifest.json`` from ``folder``.
 
         Raises:
-            ArtifactError: It is missing, damaged, or was written by a newer dynaconv.
+            ArtifactError: It is missing, damaged, leads out of ``folder``, or was written by a newer dynaconv.
         """
         path = folder / MANIFEST_FILE
         content = read_json(path)
         schema = content.get("schema") if isinstance(content, dict) else None
-        if isinstance(schema, int) and schema > SCHEMA:
+        if type(schema) is int and schema > SCHEMA:
             raise ArtifactError(
                 "the run was written by a newer dynaconv",
                 where=path,
@@ -117,15 +118,56 @@ class Manifest:
                 found=f"schema {schema}",
                 hint="upgrade dynaconv, or start a new run with --out",
             )
-        try:
-            if schema != SCHEMA:
-                raise ValueError(f"schema is {schema!r}")
-            publishing = content["publishing"]
-            return cls(
-                id=content["id"],
-                stages=[StageRecord.parse(record) for record in content["stages"]],
-                publishing=None if publishing is None else StageRecord.parse(publishing),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            expected = f"schema {SCHEMA} with fields {', '.join(item.name for item in fields(cls))}"
-            raise ArtifactError("the manifest is damaged", where=path, expected=expected, found=error) from error
+        hint = f"restore {MANIFEST_FILE} from a copy of the run, or start a new run with --out"
+        file = JsonFile(path, "the manifest is damaged or was changed", hint)
+        if type(schema) is not int or schema != SCHEMA:
+            raise file.wrong("schema", str(SCHEMA), schema)
+        missing = next((name for name in ("id", "stages", "publishing") if name not in content), None)
+        if missing is not None:
+            raise file.wrong(missing, "to be there", "no such field")
+        loaded = file.record(cls, {name: value for name, value in content.items() if name != "schema"})
+        loaded._check(file)
+        return loaded
+
+    def _check(self, file: JsonFile) -> None:
+        """Stops at a record that could lead out of the run's folder, and at two of one stage."""
+        named = [(f"stages[{i}]", record) for i, record in enumerate(self.stages)]
+        for field_name, record in [*named, *([("publishing", self.publishing)] if self.publishing else [])]:
+            _check_record(file, field_name, record)
+        known: set[str] = set()
+        for field_name, record in named:
+            if record.stage in known:
+                raise file.wrong(f"{field_name}.stage", "each stage once", record.stage)
+            known.add(record.stage)
+
+
+def _check_record(file: JsonFile, field_name: str, record: StageRecord) -> None:
+    if not STAGE_NAME.fullmatch(record.stage):
+        raise file.wrong(f"{field_name}.stage", "a name of letters, digits, - and _", record.stage)
+    if not re.fullmatch(rf"[0-9]{{2,4}}-{record.stage}", record.folder):
+        expected = f"the name of a folder in the run, NN-{record.stage} with a number for NN"
+        raise file.wrong(f"{field_name}.folder", expected, record.folder)
+    for name in ("seconds", "peak_rss_bytes"):
+        if getattr(record, name) < 0:
+            raise file.wrong(f"{field_name}.{name}", "0 or more", getattr(record, name))
+    folder = file.path.parent / record.folder
+    if folder.is_symlink():
+        raise file.wrong(f"{field_name}.folder", "a folder, not a symbolic link", str(folder.readlink()))
+    whole = os.path.realpath(folder)
+    for i, output in enumerate(record.outputs):
+        place, expected = f"{field_name}.outputs[{i}].path", f"the path of a file below {record.folder}"
+        if not _is_below(output.path):
+            raise file.wrong(place, expected, output.path)
+        real = os.path.realpath(folder / output.path)
+        if os.path.commonpath([whole, real]) != whole:
+            raise file.wrong(place, expected, f"{output.path}, a symbolic link to {real}")
+
+
+def _is_below(path: str) -> bool:
+    """Whether ``path`` is relative, goes down only, and is one that a file system can hold."""
+    try:
+        encoded = path.encode()
+    except UnicodeEncodeError:
+        return False
+    plain = all(part not in (b"", b".", b"..") and len(part) <= LONGEST_NAME for part in encoded.split(b"/"))
+    return plain and b"\0" not in encoded and len(encoded) <= LONGEST_PATH

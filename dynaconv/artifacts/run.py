@@ -6,10 +6,15 @@
 Publishing: the staging folder is complete and flushed; the manifest says ``publishing``; the old result moves to
 ``.old-*``; staging takes its name; work is removed; the manifest records the result; the old one is removed. Killed
 after the manifest said so, the next process finishes the job; killed before, it removes the staging folder.
+
+Whatever the manifest says and whatever lies in the folder, only what a run made itself is moved, deleted or written to:
+names that nothing here gives are left alone, and a run with symbolic links in these places is refused.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,10 +22,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dynaconv.artifacts.boundary import LOGS, OLD, PARTIAL, STAGING, WORK, leftovers, own, refuse_link, refuse_links
 from dynaconv.artifacts.files import atomic_write, fsync_tree, read_json, sha256, storage_errors, sync_file, write_json
 from dynaconv.artifacts.lock import exclusive, holder
 from dynaconv.artifacts.manifest import MANIFEST_FILE, Manifest, Output, StageRecord
 from dynaconv.artifacts.source import USER_STATE
+from dynaconv.artifacts.typed import JsonFile
 from dynaconv.errors import ArtifactError
 
 RECIPE_FILE = "recipe.yaml"
@@ -43,9 +50,16 @@ class MadeFor:
 
     @classmethod
     def of(cls, work: Path) -> MadeFor | None:
-        """What the folder ``work`` belongs to; ``None`` where there is no folder or it does not say."""
+        """What the folder ``work`` belongs to; ``None`` where there is no folder or it does not say.
+
+        Raises:
+            ArtifactError: It says so in a file that is damaged.
+        """
         mark = work / WORK_MARK
-        return cls(**read_json(mark)) if mark.is_file() else None
+        if not mark.is_file():
+            return None
+        hint = f"remove {work} to begin the stage again"
+        return JsonFile(mark, "the state of an unfinished stage is damaged", hint).record(cls, read_json(mark))
 
 
 def slot(position: int, stage: str) -> str:
@@ -69,13 +83,15 @@ class Run:
         """The run at ``path``.
 
         Raises:
-            ArtifactError: There is none, or its manifest is damaged or newer than this dynaconv.
+            ArtifactError: There is none, its manifest is damaged or newer than this dynaconv, or it leads out of the
+                folder.
         """
         folder = Path(path).expanduser().absolute()
         if not (folder / MANIFEST_FILE).is_file():
             what = "this folder is not a run" if folder.is_dir() else "no run here"
             hint = f"start one with `dynaconv convert SOURCE --out {path}`"
             raise ArtifactError(what, where=folder, expected=f"a folder with {MANIFEST_FILE}", hint=hint)
+        refuse_links(folder)
         return cls(folder, Manifest.load(folder))
 
     @classmethod
@@ -93,6 +109,7 @@ class Run:
                 hint = "choose a new or empty folder with --out"
                 raise ArtifactError("there is something here that is not a run", where=folder, hint=hint)
             folder.mkdir(parents=True, exist_ok=True)
+        refuse_links(folder)
         run = cls(folder, Manifest())
         run.manifest.save(folder)
         return run
@@ -105,7 +122,7 @@ class Run:
     @property
     def logs(self) -> Path:
         """Folder of plain text logs, one a stage."""
-        return self.path / "logs"
+        return self.path / LOGS
 
     def folder(self, record: StageRecord) -> Path:
         """Where the result of ``record`` is."""
@@ -123,6 +140,7 @@ class Run:
             ArtifactError: The folder is read-only, or the manifest is damaged.
         """
         with exclusive(self.path / ".lock"):
+            refuse_links(self.path)
             self.manifest = Manifest.load(self.path)
             yield self._recover()
 
@@ -139,24 +157,31 @@ class Run:
         """An empty folder in which the result for the slot ``name`` is put together."""
         folder = self._staging(name)
         with storage_errors(folder):
-            _remove(folder)
+            self._remove(folder)
             folder.mkdir()
         return folder
 
     def discard_staging(self, name: str) -> None:
         """Removes what was put together, unless it is being published: then the next process finishes that."""
         if self.manifest.publishing is None:
-            shutil.rmtree(self._staging(name), ignore_errors=True)
+            shutil.rmtree(own(self.path, self._staging(name)), ignore_errors=True)
 
     def work(self, name: str, made_for: MadeFor) -> Path:
-        """The folder for resumable state of the slot ``name``; emptied when it belongs to something else."""
-        folder = self._work(name)
+        """The folder for resumable state of the slot ``name``; emptied when it belongs to something else.
+
+        Raises:
+            ArtifactError: The disk is full or failing, or there is a symbolic link in the folder.
+        """
+        folder = own(self.path, self._work(name))
         with storage_errors(folder):
             known = MadeFor.of(folder)
             if known is None or known.fingerprint != made_for.fingerprint:
-                _remove(folder)
+                self._remove(folder)
                 folder.mkdir(parents=True)
                 write_json(folder / WORK_MARK, asdict(made_for))
+            for parent, folders, files in os.walk(folder):  # a stage goes on writing to the files that it finds here
+                for entry in (*folders, *files):
+                    refuse_link(Path(parent, entry))
         return folder
 
     def unfinished(self, name: str) -> MadeFor | None:
@@ -168,7 +193,7 @@ class Run:
     @property
     def begun(self) -> bool:
         """Whether a stage has a result here, or was interrupted."""
-        return bool(self.manifest.stages) or any((self.path / ".work").glob("*"))
+        return bool(self.manifest.stages) or any((self.path / WORK).glob("*"))
 
     def was_interrupted(self, name: str) -> bool:
         """Whether an attempt at the slot ``name`` began and has not been published."""
@@ -199,6 +224,8 @@ class Run:
             record: A published result.
             full: Compare contents too (SHA-256), not only sizes.
         """
+        if not self.folder(record).is_dir():
+            return f"{self.folder(record)} is missing"
         for output in record.outputs:
             path = self.folder(record) / output.path
             if not path.is_file():
@@ -216,10 +243,19 @@ class Run:
         return tuple(Output(path.relative_to(folder).as_posix(), path.stat().st_size, sha256(path)) for path in paths)
 
     def _staging(self, name: str) -> Path:
-        return self.path / f".staging-{name}"
+        return self.path / f"{STAGING}{name}"
 
     def _work(self, name: str) -> Path:
-        return self.path / ".work" / name
+        return self.path / WORK / name
+
+    def _remove(self, path: Path) -> None:
+        if own(self.path, path).is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def _move(self, path: Path, to: Path) -> None:
+        own(self.path, path).rename(own(self.path, to))
 
     def _finish(self, record: StageRecord) -> None:
         """Second half of publishing; picks up wherever a process was killed in it."""
@@ -227,29 +263,29 @@ class Run:
         previous = self.manifest.record(record.stage)
         if staging.exists():
             self._set_aside(final)
-            staging.rename(final)
+            self._move(staging, final)
             sync_file(self.path)
         if previous is not None and previous.folder != record.folder:  # the recipe gave the stage another number
             self._set_aside(self.folder(previous))
-        _remove(self._work(record.folder))
+        self._remove(self._work(record.folder))
         others = [other for other in self.manifest.stages if other.stage != record.stage]
         stages = sorted([*others, record], key=lambda other: other.folder)
         self.manifest = replace(self.manifest, stages=stages, publishing=None)
         self.manifest.save(self.path)
-        for old in self.path.glob(".old-*"):
-            shutil.rmtree(old, ignore_errors=True)
+        for old in leftovers(self.path, OLD):
+            shutil.rmtree(own(self.path, old), ignore_errors=True)
 
     def _set_aside(self, folder: Path) -> None:
         """Moves a published result to ``.old-*``; a folder that the ledger does not know is kept under a new name."""
-        if not folder.exists():
+        if not os.path.lexists(folder):
             return
-        aside = self.path / f".old-{folder.name}"
+        aside = self.path / f"{OLD}{folder.name}"
         if self._knows(folder.name):
-            _remove(aside)
+            self._remove(aside)
         else:
-            count = len(list(self.path.glob(f"{folder.name}.unknown-*")))
-            aside = self.path / f"{folder.name}.unknown-{count + 1}"
-        folder.rename(aside)
+            names = (self.path / f"{folder.name}.unknown-{count}" for count in itertools.count(1))
+            aside = next(name for name in names if not os.path.lexists(name))
+        self._move(folder, aside)
 
     def _knows(self, name: str) -> bool:
         return any(record.folder == name for record in self.manifest.stages)
@@ -265,20 +301,14 @@ class Run:
             elif record is not None:
                 self.manifest = replace(self.manifest, publishing=None)
                 self.manifest.save(self.path)
-            for old in self.path.glob(".old-*"):
-                final = self.path / old.name.removeprefix(".old-")
+            for old in leftovers(self.path, OLD):
+                final = self.path / old.name.removeprefix(OLD)
                 if not final.exists() and self._knows(final.name):
-                    old.rename(final)
+                    self._move(old, final)
                 else:
-                    _remove(old)
-            for leftover in [*self.path.glob(".staging-*"), *self.path.glob(".*.partial")]:
-                _remove(leftover)
+                    self._remove(old)
+            partial = [path for path in self.path.glob(".*.partial") if PARTIAL.fullmatch(path.name)]
+            for leftover in [*leftovers(self.path, STAGING), *partial]:
+                self._remove(leftover)
                 said.append(f"removed {leftover.name}, left by an interrupted process")
         return said
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -164,7 +164,7 @@ class Worker:
     def __init__(self, encoder: bytes) -> None:
         path = os.pathsep.join(part for part in sys.path if part)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "dynaconv.data.worker"],
+            [sys.executable, "-P", "-m", "dynaconv.data.worker"],  # -P: the current folder is no place for modules
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},  # it is the parallelism

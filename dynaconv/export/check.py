@@ -101,7 +101,7 @@ def _clean_process(folder: Path, out: Path, dial: float, ids: list[int], scratch
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    command = [sys.executable, "-W", "ignore", "-c", _SCRIPT, str(folder.absolute()), str(out), str(dial)]
+    command = [sys.executable, "-P", "-W", "ignore", "-c", _SCRIPT, str(folder.absolute()), str(out), str(dial)]
     done = subprocess.run(
         [*command, json.dumps(ids)], env={**os.environ, **quiet}, capture_output=True, text=True, cwd=scratch
     )

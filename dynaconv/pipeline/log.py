@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dynaconv.artifacts.files import storage_errors
+from dynaconv.errors import ArtifactError
 from dynaconv.progress import Progress
 
 
@@ -33,6 +34,8 @@ def stage_log(path: Path, progress: Progress) -> Iterator[logging.Logger]:
     Raises:
         ArtifactError: The log cannot be opened.
     """
+    if path.exists() and not path.is_file():  # opening a pipe would wait for someone to read it
+        raise ArtifactError("the log is not a plain file", where=path, expected="a file or nothing", hint="remove it")
     logger = logging.getLogger("dynaconv")
     with storage_errors(path):
         path.parent.mkdir(exist_ok=True)

@@ -36,7 +36,7 @@ def status(run: Run) -> dict[str, Any]:
 def _recorded(manifest: Manifest) -> tuple[str, str]:
     """Digests of the source and of the text, from the first stages that recorded them."""
     fields = [record.fingerprint_fields for record in manifest.stages]
-    sources = [value for values in fields for name, value in values.items() if name.startswith("inputs.")]
+    sources = [str(value) for values in fields for name, value in values.items() if name.startswith("inputs.")]
     source = next((value.removeprefix(f"{SOURCE}:") for value in sources if value.startswith(f"{SOURCE}:")), "")
     return source, next((str(values[DATA_FIELD]) for values in fields if DATA_FIELD in values), "")
 

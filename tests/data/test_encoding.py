@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,16 @@ def test_a_worker_ends_when_nobody_can_send_to_it_any_more(tokenizer: Any, capfd
     worker.process.communicate(timeout=60)  # closes the pipe, as the kernel does then
     assert worker.process.returncode == 0
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_worker_imports_nothing_from_the_current_folder(
+    tokenizer: Any, hostile_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(hostile_folder)
+    with Worker(pickle.dumps(Encoder(tokenizer))) as worker:
+        worker.send([Document("a", "text")])
+        assert len(worker.result().tokens) == 5
+    assert not (hostile_folder / "executed").exists()
 
 
 def test_what_cannot_be_sent_stays_here(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
