@@ -15,7 +15,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Each floor may import from those before it and, within itself, from its own package. The ground floor is one package.
 FLOORS = (
     {"errors", "version", "memory", "progress", "artifacts", "config", "rules", "overrides", "recipes", "ranks"},
-    {"arch", "data", "kernels"},
+    {"kernels"},
+    {"arch", "data"},
     {"dynamic", "pipeline.stage"},
     {"profile"},
     {"convert", "evaluation", "train"},

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from dynaconv.data.windows import Batch
 from dynaconv.dynamic.context import recording, using
-from dynaconv.dynamic.curves import contributions, log_errors, log_norms, relative_errors
 from dynaconv.dynamic.ffn import DynamicFFN
 from dynaconv.dynamic.layout import RouterLayout
 from dynaconv.dynamic.policy import Policy
 from dynaconv.dynamic.router import Router
+from dynaconv.kernels.partition import Partition
+from dynaconv.profile.curves import BlockNorms, log_errors, log_norms, relative_errors
 
 LARGEST = 50.0  # logarithm of a norm
 
@@ -83,7 +84,7 @@ class OracleRouter(Router):
         ffn = self._ffn[0]
         hidden, down = ffn.hidden(x).flatten(0, -2).float(), ffn.weights().down.float()
         if self.kind == "blocks":
-            known = log_norms(contributions(hidden, down, ffn.edges).norms)
+            known = log_norms(BlockNorms(down, Partition.at(ffn.edges))(hidden))
         else:
             known = log_errors(relative_errors(hidden, down, ffn.edges))
         return known.view(*x.shape[:-1], ffn.blocks)

@@ -74,8 +74,8 @@ def carve(tmp_path: Path, dense: Path) -> Path:
     folder, work = tmp_path / "carved", tmp_path / "work"
     folder.mkdir(parents=True)
     work.mkdir()
-    inputs = {"dense": dense, "statistics": fake_statistics(tmp_path / "statistics", dense, blocks=BLOCKS)}
     config = RunConfig(experts="nested", blocks=BLOCKS, carve=CarveConfig(shard_bytes=150_000))
+    inputs = {"dense": dense, "statistics": fake_statistics(tmp_path / "statistics", dense, config)}
     progress = Progress(quiet=True)
     CarveStage().run(StageContext(config, inputs, folder, work, progress, logging.getLogger("test")))
     return folder
