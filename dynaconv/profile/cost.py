@@ -34,9 +34,10 @@ def profile_estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
     curve_tokens = round(config.profile.curve_share * tokens)
     states = WORD * sizes["residual"] * tokens
     batch = _batch_bytes(checkpoint, config.profile.batch_size * config.data.sequence_length)
+    at_once = batch if config.experts == "nested" else _routed_bytes(checkpoint, partition, batch)
     phases = {
         "embedding": embedding_bytes(checkpoint, tokens) + states,
-        "layer": states + batch + _layer_bytes(checkpoint, partition, curve_tokens),
+        "layer": states + at_once + _layer_bytes(checkpoint, partition, curve_tokens),
         "head": head_bytes(checkpoint) + states + _kept_bytes(config, checkpoint),
     }
     ffn, attention = checkpoint.ffn_parameters, checkpoint.attention_parameters
@@ -47,7 +48,6 @@ def profile_estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
         phases["backward pass"] = WORD * checkpoint.parameters + _backward_bytes(config, checkpoint)
         flops += 2 * curve_tokens * forward  # forward, and the half of a backward pass that reaches activations
     if config.experts == "routed":
-        phases["layer"] += _routed_bytes(checkpoint, partition)
         flops += layers * _routed_flops(checkpoint, partition, curve_tokens)
     worst = max(phases, key=lambda phase: phases[phase])
     disk = layout_bytes(tensor_layout(layers, sizes["residual"], partition, widths))
@@ -107,15 +107,15 @@ def _layer_bytes(checkpoint: Checkpoint, partition: Partition, curve_tokens: int
     return WORD * (weights + curve_tokens * residual + 2 * sums)
 
 
-def _routed_bytes(checkpoint: Checkpoint, partition: Partition) -> int:
-    """What routed experts need besides, while they are clustered or while their blocks are measured."""
+def _routed_bytes(checkpoint: Checkpoint, partition: Partition, batch: int) -> int:
+    """Of routed experts: a sample of activations while a ``batch`` passes, clusters form, or blocks are measured."""
     neurons, blocks, residual = partition.neurons, partition.blocks, checkpoint.sizes["residual"]
-    sample = 2 * SAMPLED * neurons  # once more with rows of length 1
+    sample = SAMPLED * neurons
     # Similarities: themselves, those still open, and those of neurons that ask; and three copies of the centres.
-    clustering = sample if blocks in (1, neurons) else sample + 3 * (neurons + SAMPLED) * blocks
-    factors = neurons * min(max(partition.sizes), residual) + 3 * PARTS
-    measuring = SAMPLED * neurons + factors + ROWS * (4 * neurons + 6 * blocks)
-    return WORD * max(clustering, measuring)
+    clustering = sample if blocks in (1, neurons) else 2 * sample + 3 * (neurons + SAMPLED) * blocks
+    factors = neurons * min(max(partition.sizes), residual) + 3 * min(PARTS, neurons * residual)
+    measuring = sample + factors + ROWS * (4 * neurons + 6 * blocks)
+    return max(batch + WORD * sample, WORD * clustering, WORD * measuring)
 
 
 def _routed_flops(checkpoint: Checkpoint, partition: Partition, curve_tokens: int) -> float:

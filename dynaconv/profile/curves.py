@@ -166,7 +166,10 @@ def best_block_errors(
     Returns:
         ``(M, len(widths))`` float32.
     """
-    place = norms.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    order = norms.argsort(dim=1, descending=True, stable=True)
+    place = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     full = torch.linalg.vector_norm(linear(hidden, down).float(), dim=-1, keepdim=True)
     errors = full.expand(-1, len(widths)).clone()
     for column, width in enumerate(widths[1:-1], 1):
@@ -192,7 +195,7 @@ def log_norms(norms: torch.Tensor, weights: torch.Tensor | None = None) -> torch
 
     Args:
         norms: ``(M, N)``.
-        weights: ``(M,)``, what the loss feels of the token's output (mean 1 over tokens and layers), or ``None`` for 1.
+        weights: ``(M,)``, sensitivity of the loss to the token's output (mean 1 over tokens and layers); ``None`` is 1.
 
     Returns:
         ``(M, N)`` float32. Norms are cut off below at :data:`FLOOR` of the token's largest.
@@ -219,7 +222,7 @@ def log_errors(errors: torch.Tensor, weights: torch.Tensor | None = None) -> tor
 
     Args:
         errors: ``(M, N + 1)``, r_n.
-        weights: ``(M,)``, what the loss feels of an error (mean 1 over tokens and layers), or ``None`` for 1.
+        weights: ``(M,)``, sensitivity of the loss to an error (mean 1 over tokens and layers), or ``None`` for 1.
 
     Returns:
         ``(M, N)`` float32, log t_n with t_n = r_n times the weight. Column 0 is the logarithm of the weight.

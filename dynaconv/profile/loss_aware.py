@@ -1,4 +1,4 @@
-"""What the loss feels of an FFN's error: a backward pass through the whole model.
+"""How sensitive the loss is to an error of each FFN's output: a backward pass through the whole model.
 
 To first order an error e in an FFN's output y costs e . dLoss/dy, at most ||e|| ||dLoss/dy|| = r ||y|| ||dLoss/dy||.
 So a token's difficulty curve r_n is weighted with g = ||dLoss/dy|| ||y||, normalised to mean 1 over tokens and layers.
@@ -36,7 +36,7 @@ def loss_weights(
     finished: Callable[[Batch, int], None] = lambda batch, tokens: None,
     ranks: Ranks | None = None,
 ) -> Tensor:
-    """What the loss feels of an error at every layer and curve token of ``sample``: g, from one backward pass.
+    """Sensitivity g of the loss at every layer and curve token of ``sample``, from one backward pass.
 
     Args:
         stream: Says which checkpoint, and what to compute in and where.
@@ -59,7 +59,7 @@ def loss_weights(
         for start in range(0, measured, size):
             piece = batch.rows(start, start + size).to(stream.device)
             chosen = mask[start : start + size].to(stream.device)
-            parts.append(felt_by_loss(model, stream.checkpoint, piece)[:, chosen].cpu())
+            parts.append(sensitivity(model, stream.checkpoint, piece)[:, chosen].cpu())
             finished(piece, int(chosen.sum()))
     weights = torch.cat(parts, dim=1)
     total = torch.stack([weights.double().sum(), torch.tensor(float(weights.numel()), dtype=torch.float64)])
@@ -67,7 +67,7 @@ def loss_weights(
     return weights / (total[0] / total[1]).float().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def felt_by_loss(model: Any, checkpoint: Checkpoint, batch: Batch) -> Tensor:
+def sensitivity(model: Any, checkpoint: Checkpoint, batch: Batch) -> Tensor:
     """||dLoss/dy|| ||y|| of every token and layer, Loss being the sum over the batch of nats: (L, B, T) float32."""
     spec = checkpoint.family.ffn
     names = [f"{spec.path.format(layer=i)}.{spec.down}" for i in range(checkpoint.layers)]

@@ -125,7 +125,7 @@ def measure_layer(
         order: ``importance`` or ``none``, of nested experts.
         partition: The blocks.
         experts: ``nested``, or ``routed``, whose neurons are clustered and of which single blocks are measured.
-        weights: ``(curve tokens,)``, what the loss feels of an error of each token in this layer, or ``None``.
+        weights: ``(curve tokens,)``, sensitivity of the loss to an error of each token in this layer, or ``None``.
         finished: Called after each batch.
         ranks: The processes that each measure some of the batches; alone by default.
 

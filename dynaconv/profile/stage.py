@@ -64,8 +64,8 @@ class ProfileStage(Stage):
         sample = whole.own(context.ranks)
         stream = LayerStream(checkpoint, context.ranks.device, trust_remote_code=config.trust_remote_code)
         context.log.info("profile: computing in %s on %s", stream.dtype, stream.device)
-        felt = _felt(stream, sample, context) if config.profile.loss_aware else None
-        loss, half = _stream(stream, sample, partition, felt, context)
+        sensitivity = _sensitivity(stream, sample, context) if config.profile.loss_aware else None
+        loss, half = _stream(stream, sample, partition, sensitivity, context)
         if not math.isfinite(loss):
             found = f"{loss} nats a token, computed in {stream.dtype}"
             raise CheckpointError("the model's loss on the calibration text is not finite", where=folder, found=found)
@@ -111,8 +111,8 @@ def _sample(checkpoint: Checkpoint, context: StageContext) -> tuple[Sample, str]
     return sample, digest
 
 
-def _felt(stream: LayerStream, sample: Sample, context: StageContext) -> torch.Tensor:
-    """What the loss feels of errors, (L, curve tokens): the backward pass."""
+def _sensitivity(stream: LayerStream, sample: Sample, context: StageContext) -> torch.Tensor:
+    """Sensitivity of the loss to errors, (L, curve tokens): the backward pass."""
     from dynaconv.profile.loss_aware import loss_weights
 
     with context.progress.task("profile: loss", total=sample.curve_tokens, unit="tokens") as task:
@@ -126,7 +126,7 @@ def _felt(stream: LayerStream, sample: Sample, context: StageContext) -> torch.T
 
 
 def _stream(
-    stream: LayerStream, sample: Sample, partition: Partition, felt: torch.Tensor | None, context: StageContext
+    stream: LayerStream, sample: Sample, partition: Partition, sensitivity: torch.Tensor | None, context: StageContext
 ) -> tuple[float, float]:
     """Measures and writes layer by layer; the parent's loss, and the mean error at half width over layers."""
     import torch
@@ -153,7 +153,7 @@ def _stream(
                 order=context.config.profile.order,
                 partition=partition,
                 experts=context.config.experts,
-                weights=None if felt is None else felt[index],
+                weights=None if sensitivity is None else sensitivity[index],
                 finished=lambda batch: task.advance(tokens=ranks.world * batch.tokens / layers),
                 ranks=ranks,
             )
