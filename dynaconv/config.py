@@ -342,7 +342,9 @@ class RunConfig:
         stages: Stages in order.
         experts: What a token may use: ``nested``, the first so many blocks, neurons in the order of their importance;
             or ``routed``, any blocks, each a cluster of neurons that are active together.
-        blocks: Neuron blocks each FFN is cut into, at most 64; of routed experts, into equal ones.
+        blocks: Nested experts: how many blocks each FFN is cut into, from 1 to its neurons. ``None`` takes 8.
+        block_size: Routed experts: neurons a block, from 1 to those of the FFN; the last block holds what is left.
+            ``None`` takes 16, or all neurons where an FFN has fewer.
         seed: Seeds sampling, shuffling and initialisation.
         trust_remote_code: Let transformers run code from the source folder.
     """
@@ -350,7 +352,8 @@ class RunConfig:
     source: str = ""
     stages: list[str] = field(default_factory=lambda: ["profile", "carve", "finetune", "calibrate", "export"])
     experts: str = "routed"
-    blocks: int = 64
+    blocks: int | None = None
+    block_size: int | None = None
     seed: int = 0
     trust_remote_code: bool = False
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -67,7 +67,8 @@ ALLOWED: dict[str, Allowed] = {
         "at least one stage, none of them twice", lambda value: bool(value) and len(set(value)) == len(value)
     ),
     "experts": _one_of("nested", "routed"),
-    "blocks": _whole(1, 64),
+    "blocks": _or_null(_whole(1)),
+    "block_size": _or_null(_whole(1)),
     "seed": _whole(0),
     "data.train": _SOURCES,
     "data.validation": _or_null(_SOURCES),
@@ -161,7 +162,21 @@ def problems(config: RunConfig) -> list[str]:
             near = difflib.get_close_matches(str(value), allowed.choices, n=1)
             wrong[name] = f"{name} is {value!r}; it must be {allowed.words}" + (f" ({near[0]!r}?)" if near else "")
     between = _problems_between(config, wrong) if "data.sequence_length" not in wrong else []
-    return [*wrong.values(), *between, *_engine_problems(config)]
+    return [*wrong.values(), *_block_problems(config), *between, *_engine_problems(config)]
+
+
+def _block_problems(config: RunConfig) -> Iterator[str]:
+    """A size where a number is meant, or the reverse."""
+    if config.experts == "routed" and config.blocks is not None:
+        yield (
+            f"blocks is {config.blocks}, but experts is 'routed', whose blocks are given by their size: leave blocks "
+            "out (blocks=null) and say block_size, the neurons a block (neurons of an FFN / blocks gives as many)"
+        )
+    if config.experts == "nested" and config.block_size is not None:
+        yield (
+            f"block_size is {config.block_size}, but experts is 'nested', whose blocks are given by their number: "
+            "leave block_size out (block_size=null) and say blocks, how many"
+        )
 
 
 def _engine_problems(config: RunConfig) -> Iterator[str]:

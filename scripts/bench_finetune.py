@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from dynaconv.arch.blocks import block_edges
+from dynaconv.arch.blocks import ffn_partition
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.artifacts.files import write_json
 from dynaconv.cli.quiet import silence_libraries
@@ -33,7 +33,6 @@ from dynaconv.train.loop import Trainer
 
 DENSE = LossesConfig(full=LossConfig(1.0), distill=LossConfig(0.0), distill_full=LossConfig(0.0))
 ALONE = LossesConfig(full=LossConfig(0.5), distill=LossConfig(0.5), distill_full=LossConfig(0.0))
-BLOCKS = {"nested": 8, "routed": 64}
 VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {"router": "uniform", "losses": DENSE},
     "uniform": {"router": "uniform", "uniform_share": 1.0},
@@ -92,7 +91,7 @@ def recipe(name: str, batch_size: int, length: int) -> RunConfig:
     shared |= {"teacher": "self", "losses": ALONE}
     experts = "routed" if name.startswith("routed") else "nested"
     tuning = replace(FinetuneConfig(), **(shared | VARIANTS[name]))
-    config = RunConfig(experts=experts, blocks=BLOCKS[experts], finetune=tuning)
+    config = RunConfig(experts=experts, finetune=tuning)
     config.data.sequence_length = length
     return config
 
@@ -112,8 +111,8 @@ def trainer(folder: Path, config: RunConfig) -> Trainer:
         add_adapters(stock, tuning)
     ffn = FFNLayout(**asdict(checkpoint.family.ffn))
     router = router_layout(tuning, checkpoint.sizes["residual"], routed=config.experts == "routed")
-    edges = block_edges(checkpoint.sizes["ffn"], config.blocks, config.experts)
-    layout = Layout(edges, checkpoint.layers, ffn, router)
+    partition = ffn_partition(checkpoint.sizes["ffn"], config)
+    layout = Layout(partition.edges, checkpoint.layers, ffn, router)
     network = attach(stock, layout).train()
     choose(network, tuning.trainable)
     if tuning.gradient_checkpointing:

@@ -106,7 +106,7 @@ class Case:
         }
         data = DataConfig(train=[str(folder / "text.jsonl")], sequence_length=size.length)
         tuning = replace(FinetuneConfig(), **(shared | VARIANTS[self.variant]))
-        return RunConfig(source=str(folder), blocks=BLOCKS, engine=engine, data=data, finetune=tuning)
+        return RunConfig(source=str(folder), experts="nested", blocks=BLOCKS, engine=engine, data=data, finetune=tuning)
 
 
 def cases() -> list[Case]:
@@ -121,7 +121,7 @@ def cases() -> list[Case]:
 
 def make(folder: Path, size: Size) -> None:
     """A random checkpoint with a tokenizer and a layout, so that it is the parent and the dynamic one; and text."""
-    from dynaconv.arch.blocks import block_edges
+    from dynaconv.arch.blocks import nested_partition
     from dynaconv.arch.checkpoint import Checkpoint
     from dynaconv.dynamic.layout import FFNLayout, Layout
     from dynaconv.train.shape import build, train_tokenizer
@@ -135,7 +135,7 @@ def make(folder: Path, size: Size) -> None:
     train_tokenizer(DataConfig(train=[str(folder / "text.jsonl")]), small).save_pretrained(folder)
     checkpoint = Checkpoint.open(folder)
     ffn = FFNLayout(**asdict(checkpoint.family.ffn))
-    Layout(block_edges(size.shape.ffn, BLOCKS), checkpoint.layers, ffn).save(folder)
+    Layout(nested_partition(size.shape.ffn, BLOCKS).edges, checkpoint.layers, ffn).save(folder)
 
 
 def train(case: Case, model: Path, made: Path) -> None:

@@ -53,7 +53,9 @@ def output_of(command: list[str]) -> str:
 
 def planned(dense: Path, blocks: int) -> dict[str, Any]:
     """What ``dynaconv plan`` says of the carve stage."""
-    plan = output_of([*DYNACONV, "plan", str(dense), "--until", "carve", "--json", f"blocks={blocks}"])
+    plan = output_of(
+        [*DYNACONV, "plan", str(dense), "--recipe", "nested", "--until", "carve", "--json", f"blocks={blocks}"]
+    )
     return next(stage for stage in json.loads(plan)["stages"] if stage["name"] == "carve")
 
 

@@ -28,7 +28,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from dynaconv.arch.blocks import block_edges
+from dynaconv.arch.blocks import nested_partition
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.artifacts.files import read_json, write_json
 from dynaconv.data.windows import Batch
@@ -58,9 +58,9 @@ def profile_pass(folder: Path, batches: list[Batch], curve_share: float, blocks:
     """The forward-only part of the profile stage without its output files; the loss."""
     checkpoint = Checkpoint.open(folder)
     stream, sample = LayerStream(checkpoint), Sample.of(batches, curve_share)
-    hidden, edges = stream.embed(batches), block_edges(checkpoint.sizes["ffn"], blocks)
+    hidden, partition = stream.embed(batches), nested_partition(checkpoint.sizes["ffn"], blocks)
     for index in range(checkpoint.layers):
-        measure_layer(stream, index, hidden, sample, order="importance", edges=edges)
+        measure_layer(stream, index, hidden, sample, order="importance", partition=partition)
     return stream.loss(hidden, batches)
 
 

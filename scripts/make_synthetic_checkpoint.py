@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from dynaconv.arch.blocks import block_edges
+from dynaconv.arch.blocks import nested_partition
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.arch.registry import family_for
 from dynaconv.artifacts.files import size_text, write_json
@@ -97,9 +97,10 @@ def write_statistics(folder: Path, checkpoint: Checkpoint, blocks: int, seed: in
     """Statistics of a text on which features are independent and neurons matter in random order."""
     generator = torch.Generator().manual_seed(seed)
     neurons, width = checkpoint.sizes["ffn"], checkpoint.sizes["residual"]
-    edges = block_edges(neurons, blocks)
+    partition = nested_partition(neurons, blocks)
+    widths = tuple(range(blocks + 1))
     gram = CURVE_TOKENS * torch.eye(width + 1)
-    with open_writer(folder, tensor_layout(checkpoint.layers, width, edges)) as writer:
+    with open_writer(folder, tensor_layout(checkpoint.layers, width, partition, widths)) as writer:
         for layer in range(checkpoint.layers):
             importance = torch.rand(neurons, generator=generator)
             curve = torch.linspace(1, 0, blocks + 1)
@@ -118,8 +119,8 @@ def write_statistics(folder: Path, checkpoint: Checkpoint, blocks: int, seed: in
         tokens=CURVE_TOKENS,
         curve_tokens=CURVE_TOKENS,
         layers=checkpoint.layers,
-        blocks=blocks,
-        edges=edges,
+        partition=partition,
+        curve_widths=widths,
         loss=10.0,
         experts="nested",
         order="importance",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from dynaconv.arch.blocks import block_edges
+from dynaconv.arch.blocks import nested_partition
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.arch.registry import known_families
 from dynaconv.config import LossConfig, LossesConfig
@@ -44,7 +44,7 @@ def dynamic_model(folder: Path, kind: str = "gate", *, blocks: int = 4, seed: in
     ffn = checkpoint.family.ffn
     levels = tuple((level,) * checkpoint.layers for level in LEVELS[kind])
     layout = Layout(
-        edges=block_edges(checkpoint.sizes["ffn"], blocks),
+        edges=nested_partition(checkpoint.sizes["ffn"], blocks).edges,
         layers=checkpoint.layers,
         ffn=FFNLayout(**asdict(ffn)),
         router=ROUTERS[kind],

@@ -115,7 +115,7 @@ def make_source(folder: Path) -> Path:
 
 def make_config(source: Path, stages: list[str] | None = None) -> RunConfig:
     """A recipe of fake stages on ``source`` and the text beside it."""
-    config = RunConfig(source=str(source), stages=list(stages or USUAL))
+    config = RunConfig(source=str(source), experts="nested", blocks=64, stages=list(stages or USUAL))
     config.data.train = [str(source.parent / "text.txt")]
     return config
 

@@ -13,7 +13,8 @@ from dynaconv.rules import ALLOWED, leaves, problems
 WRONG: dict[str, list[Any]] = {
     "stages": [[], ["profile", "profile"]],
     "experts": ["dense"],
-    "blocks": [0, 65, -1],
+    "blocks": [0, -1],
+    "block_size": [0, -1],
     "seed": [-1],
     "data.train": [[], [""], ["a", " "]],
     "data.validation": [[]],

@@ -96,7 +96,7 @@ def test_recipes_that_differ_from_the_default_differ_as_they_say() -> None:
 
 def test_overrides_of_every_kind() -> None:
     overrides = [
-        "blocks=16",
+        "block_size=8",
         "finetune.tokens=2e6",
         "finetune.learning_rate=1e-4",
         "+export.check=false",
@@ -110,7 +110,7 @@ def test_overrides_of_every_kind() -> None:
         "finetune.batch_size=4",
     ]
     config = compose(overrides=overrides)
-    assert (config.blocks, config.finetune.tokens, config.finetune.learning_rate) == (16, 2_000_000, 1e-4)
+    assert (config.block_size, config.finetune.tokens, config.finetune.learning_rate) == (8, 2_000_000, 1e-4)
     assert (config.export.check, config.finetune.budgets, config.calibrate.budgets) == (False, [0.2, 0.6], [1.0])
     assert (config.stages, config.data.validation, config.data.field) == (["profile", "carve"], None, "two words")
     assert config.profile.batch_size == 4
@@ -153,7 +153,7 @@ def test_text_is_taken_as_it_stands(first: str, second: str) -> None:
         ("finetune.lerning_rate=3", "available: accumulation, anchor"),
         ("tokens=3", "profile.tokens or finetune.tokens or calibrate.tokens"),
         ("calibrate.loss_aware=true", "did you mean profile.loss_aware?"),
-        ("quatsch=3", "available: blocks, calibrate"),
+        ("quatsch=3", "available: block_size, blocks, calibrate"),
         ("finetune=3", "finetune is a section"),
         ("engine=zero4", "engine is 'zero4'; did you mean 'zero"),
         ("engine=", "engine is a section"),
@@ -163,7 +163,7 @@ def test_text_is_taken_as_it_stands(first: str, second: str) -> None:
         ("blocks=four", "blocks is 'four'; it must be a whole number"),
         ("blocks=4.5", "blocks is 4.5; it must be a whole number"),
         ("blocks=true", "blocks is True; it must be a whole number"),
-        ("blocks=null", "blocks is None; it must be a whole number"),
+        ("seed=null", "seed is None; it must be a whole number"),
         ("blocks=", "it must be a whole number"),
         ("blocks=4,8", "blocks is '4,8', several values"),
         ("finetune.clip=(", "finetune.clip is '('; it must be a number"),
@@ -179,14 +179,34 @@ def test_a_wrong_override_is_said_and_what_is_right(override: str, said: str) ->
     assert said in mistakes([override])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["blocks=64"], "blocks is 64, but experts is 'routed'(.|\\n)*say block_size"),
+        (["experts=nested", "block_size=16"], "block_size is 16, but experts is 'nested'(.|\\n)*say blocks"),
+        (["experts=nested", "blocks=4", "block_size=16"], "block_size is 16"),
+    ],
+)
+def test_a_number_of_blocks_where_a_size_is_meant_is_refused_with_the_way_out(overrides, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        compose(overrides=overrides)
+
+
+def test_a_recipe_from_before_block_size_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("experts: routed\nblocks: 64\n")
+    with pytest.raises(ConfigError, match="leave blocks out"):
+        load(path)
+
+
 def test_all_mistakes_at_once() -> None:
-    told = mistakes(["block=3", "finetune.tokens=x", "seed", "blocks=99", "data=a", "data.train=[b]", "seed=-1"])
+    told = mistakes(["block=3", "finetune.tokens=x", "seed", "block_size=0", "data=a", "data.train=[b]", "seed=-1"])
     for part in (
         "6 mistakes",
         "unknown key 'block'",
         "finetune.tokens",
         "'seed' is not",
-        "blocks is 99",
+        "block_size is 0",
         "given twice",
         "seed is -1",
     ):
@@ -198,10 +218,12 @@ def test_a_recipe_of_ones_own_builds_on_another(tmp_path: Path) -> None:
     folder = tmp_path / "my recipes = [odd]"
     folder.mkdir()
     path = folder / "mine v1.2.yaml"
-    path.write_text("# Mine.\ndefaults: [smoke, _self_]\nblocks: 4\nfinetune:\n  wandb: off\n  tokens: 2e5\ndata:\n")
+    path.write_text(
+        "# Mine.\ndefaults: [smoke, _self_]\nblock_size: 4\nfinetune:\n  wandb: off\n  tokens: 2e5\ndata:\n"
+    )
     config = compose(str(path), ["seed=3"])
     smoke = compose("smoke")
-    assert (config.blocks, config.seed, config.finetune.wandb, config.finetune.tokens) == (4, 3, "off", 200_000)
+    assert (config.block_size, config.seed, config.finetune.wandb, config.finetune.tokens) == (4, 3, "off", 200_000)
     assert config.calibrate == smoke.calibrate
     assert find(str(path)).header == "Mine."
 
@@ -237,15 +259,15 @@ def test_a_resolved_recipe_is_read_back_the_same(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(asdict(config)))
     assert load(path) == config
-    assert load(path, ["blocks=4"]).blocks == 4
+    assert load(path, ["block_size=4"]).block_size == 4
     path.write_text("- not a mapping")
     with pytest.raises(ConfigError, match="cannot be read"):
         load(path)
 
 
 def test_a_draft_keeps_what_could_be_understood() -> None:
-    made = draft("smoke", ["blocks=4", "finetune.tokens=x", "nope=1"])
-    assert made.config.blocks == 4
+    made = draft("smoke", ["block_size=4", "finetune.tokens=x", "nope=1"])
+    assert made.config.block_size == 4
     assert len(made.mistakes) == 2
 
 
@@ -260,7 +282,7 @@ def test_composing_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.chdir(tmp_path)
     handlers = list(logging.getLogger().handlers)
-    compose("smoke", ["blocks=4"])
+    compose("smoke", ["block_size=4"])
     assert list(tmp_path.iterdir()) == [], "no job folder"
     assert logging.getLogger().handlers == handlers
 

@@ -22,14 +22,16 @@ class CalibrateStage(Stage):
 
     def estimate(self, config: RunConfig, source: Dense, parent: Dense | None = None) -> Estimate:
         """Parent and dynamic model side by side, the logits of one batch, and the routers' scores."""
+        from dynaconv.arch.blocks import ffn_partition
         from dynaconv.arch.checkpoint import Checkpoint
+        from dynaconv.calibrate.solve import KEPT_SCORES
 
         checkpoint, dense = Checkpoint.open(source), Checkpoint.open(parent or source)
         settings = config.calibrate
         batch = settings.batch_size * config.data.sequence_length
         logits = 3 * 4 * batch * checkpoint.sizes["vocab"]
-        features = config.blocks if config.experts == "routed" else 1
-        scores = 2 * 4 * settings.tokens * checkpoint.layers * features  # by batch, and put together
+        features = ffn_partition(checkpoint.sizes["ffn"], config).blocks if config.experts == "routed" else 1
+        scores = 2 * 4 * min(KEPT_SCORES, settings.tokens * checkpoint.layers * features)  # by batch, and put together
         passes = 4 * len(settings.budgets) * settings.tokens + (len(settings.budgets) + 2) * settings.score_tokens
         return Estimate(
             peak_bytes=checkpoint.reader.total_bytes + dense.reader.total_bytes + logits + scores,

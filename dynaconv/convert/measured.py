@@ -13,14 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynaconv.arch.blocks import block_edges
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.artifacts.files import read_json
 from dynaconv.artifacts.tensors import CheckpointReader
 from dynaconv.errors import ArtifactError, StaleArtifactError
-
-SUMMARY_FILE = "statistics.json"
-TENSOR_FILE = "statistics.safetensors"
+from dynaconv.kernels.partition import Partition
+from dynaconv.profile.statistics import SCHEMA, SUMMARY_FILE, TENSOR_FILE
 
 
 @dataclass(frozen=True)
@@ -28,33 +26,35 @@ class Measured:
     """Statistics of one dense checkpoint. Make one with :meth:`open`.
 
     Attributes:
-        edges: N + 1 neuron positions that the difficulty curves were measured at.
+        partition: The blocks that were measured.
         layers: Number of decoder layers, L.
         reader: The tensors, ``layers.{l}.<what>``.
     """
 
-    edges: tuple[int, ...]
+    partition: Partition
     layers: int
     reader: CheckpointReader
 
     @classmethod
-    def open(cls, folder: Path, checkpoint: Checkpoint, blocks: int, experts: str = "nested") -> Measured:
-        """Opens the statistics in ``folder``, which must be of ``checkpoint`` cut into ``blocks`` for such ``experts``.
+    def open(cls, folder: Path, checkpoint: Checkpoint, partition: Partition, experts: str = "nested") -> Measured:
+        """Opens the statistics in ``folder``, which must be of ``checkpoint`` cut so, for such experts.
 
         Raises:
             ArtifactError: A file is missing or damaged.
-            StaleArtifactError: They describe other experts, or another number of blocks, layers or neurons.
+            StaleArtifactError: They were written by another version, or describe other experts or blocks, or another
+                number of layers.
         """
-        summary = read_json(folder / SUMMARY_FILE)
-        edges = block_edges(checkpoint.sizes["ffn"], blocks, experts)
+        summary, where = read_json(folder / SUMMARY_FILE), folder / SUMMARY_FILE
+        hint = "profile again: --redo profile"
+        require_same(summary, {"schema": SCHEMA}, where, what="these statistics are of another version", hint=hint)
         require_same(
             summary,
-            {"experts": experts, "blocks": blocks, "layers": checkpoint.layers, "edges": list(edges)},
-            folder / SUMMARY_FILE,
+            {"experts": experts, "layers": checkpoint.layers, "partition": partition.to_json()},
+            where,
             what="the statistics were measured on something else than what is to be carved",
-            hint="run profile again for these blocks: --redo profile",
+            hint=hint,
         )
-        return cls(edges, checkpoint.layers, CheckpointReader.of_file(folder / TENSOR_FILE))
+        return cls(partition, checkpoint.layers, CheckpointReader.of_file(folder / TENSOR_FILE))
 
     def order(self, layer: int) -> Tensor:
         """(F,) int64: the neuron that comes first, second, ...
@@ -63,12 +63,12 @@ class Measured:
             ArtifactError: It is not a permutation, so neurons would be lost or doubled.
         """
         order = self.reader.read(f"layers.{layer}.order")
-        neurons = torch.arange(self.edges[-1])
+        neurons = torch.arange(self.partition.neurons)
         if order.dtype != torch.int64 or not torch.equal(order.sort().values, neurons):
             raise ArtifactError(
                 f"the order of layer {layer} is not a permutation of its neurons",
                 where=self.reader.info(f"layers.{layer}.order").file,
-                expected=f"each of 0 to {self.edges[-1] - 1} once",
+                expected=f"each of 0 to {self.partition.neurons - 1} once",
                 hint="profile again",
             )
         return order
@@ -94,7 +94,7 @@ def require_same(summary: Any, expected: Mapping[str, Any], where: Path, *, what
         raise StaleArtifactError(
             what,
             where=where,
-            expected=", ".join(f"{field} {expected[field]}" for field in differing),
-            found=", ".join(f"{field} {found[field]}" for field in differing),
+            expected=", ".join(f"{field} {expected[field]!s:.200}" for field in differing),
+            found=", ".join(f"{field} {found[field]!s:.200}" for field in differing),
             hint=hint,
         )

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynaconv.arch.blocks import block_edges
+from dynaconv.arch.blocks import ffn_partition, partition_text
 from dynaconv.arch.checkpoint import CONFIG_FILE, Checkpoint, copy_side_files, side_files
 from dynaconv.arch.surgery import Take, transform, transform_peak_bytes
 from dynaconv.artifacts.files import size_text, storage_errors
@@ -23,10 +22,8 @@ from dynaconv.config import RunConfig
 from dynaconv.convert.measured import Measured
 from dynaconv.convert.ridge import ridge_peak_bytes, solve_ridge
 from dynaconv.dynamic.layout import ROUTER_FILE, FFNLayout, Layout, RouterLayout
+from dynaconv.dynamic.routers.kinds import KINDS
 from dynaconv.pipeline.stage import TORCH_BYTES, Dense, Estimate, Stage, StageContext
-
-ROUTERS = {"nested": "curve", "routed": "blocks"}  # kinds that have a closed form
-SCORE_BOUND = 3.0  # nats; of scores of single blocks
 
 
 class CarveStage(Stage):
@@ -35,7 +32,7 @@ class CarveStage(Stage):
     name = "carve"
     consumes = ("dense", "statistics")
     produces = "dynamic"
-    sections = ("experts", "blocks", "carve")
+    sections = ("experts", "blocks", "block_size", "carve")
     library_bytes = TORCH_BYTES
 
     def estimate(self, config: RunConfig, source: Dense, parent: Dense | None = None) -> Estimate:
@@ -43,23 +40,21 @@ class CarveStage(Stage):
 
         Raises:
             CheckpointError: ``source`` is not a checkpoint that can be carved.
-            ConfigError: ``blocks`` does not fit its FFNs.
+            ConfigError: ``blocks`` or ``block_size`` does not fit its FFNs.
         """
         checkpoint = Checkpoint.open(source)
-        edges = block_edges(checkpoint.sizes["ffn"], config.blocks, config.experts)
+        partition = ffn_partition(checkpoint.sizes["ffn"], config)
         residual, layers = checkpoint.sizes["residual"], checkpoint.layers
-        routers = 4 * layers * config.blocks * (residual + 1)
+        routers = 4 * layers * partition.blocks * (residual + 1)
         orders = 8 * layers * checkpoint.sizes["ffn"]
-        solving = ridge_peak_bytes(residual, config.blocks)
+        solving = ridge_peak_bytes(residual, partition.blocks)
         weights = sum(checkpoint.reader.tensors[name].nbytes for name in checkpoint.slots)
         sides = sum(path.stat().st_size for path in side_files(checkpoint.folder))
-        sizes = sorted({stop - start for start, stop in pairwise(edges)})
-        width = " or ".join(map(str, sizes))
         return Estimate(
             peak_bytes=routers + orders + max(solving, transform_peak_bytes(checkpoint, {"ffn"})),
             disk_bytes=weights + routers + sides,
-            flops=layers * residual**3 / 3,
-            notes=(f"{layers} FFNs of {edges[-1]} neurons in {config.blocks} blocks of {width}",),
+            flops=layers * residual**2 * (residual / 3 + 2.0 * partition.blocks),
+            notes=(partition_text(layers, partition),),
         )
 
     def run(self, context: StageContext) -> dict[str, Any]:
@@ -72,7 +67,9 @@ class CarveStage(Stage):
         """
         checkpoint = Checkpoint.open(context.inputs["dense"])
         config = context.config
-        measured = Measured.open(context.inputs["statistics"], checkpoint, config.blocks, config.experts)
+        partition = ffn_partition(checkpoint.sizes["ffn"], config)
+        measured = Measured.open(context.inputs["statistics"], checkpoint, partition, config.experts)
+        context.log.info("carve: %s", partition_text(measured.layers, partition))
         orders = {layer: measured.order(layer) for layer in range(checkpoint.layers)}
         routers = _solve_routers(measured, context)
         _stream_weights(checkpoint, orders, context)
@@ -81,8 +78,9 @@ class CarveStage(Stage):
             copy_side_files(checkpoint.folder, context.folder)
             write_tensors(context.folder / ROUTER_FILE, routers)
             ffn = FFNLayout(**asdict(checkpoint.family.ffn))
-            router = RouterLayout(kind=ROUTERS[config.experts], linear=True, bound=SCORE_BOUND)
-            Layout(measured.edges, checkpoint.layers, ffn, router).save(context.folder)
+            kind = next(kind for kind in KINDS.values() if kind.closed_form and kind.experts == config.experts)
+            router = RouterLayout(kind=kind.kind, linear=True, bound=kind.default_bound)
+            Layout(partition, checkpoint.layers, ffn, router).save(context.folder)
         return _metrics(measured, orders)
 
 
@@ -120,16 +118,17 @@ def _stream_weights(checkpoint: Checkpoint, orders: dict[int, Tensor], context: 
 
 def _metrics(measured: Measured, orders: dict[int, Tensor]) -> dict[str, Any]:
     """What the manifest says of a carved checkpoint."""
-    neurons, half = measured.edges[-1], measured.edges[(len(measured.edges) - 1) // 2]
+    partition = measured.partition
+    half = partition.edges[partition.blocks // 2]
     moved, shares = 0, []
     for layer, order in orders.items():
-        moved += int((order != torch.arange(neurons)).sum())
+        moved += int((order != torch.arange(partition.neurons)).sum())
         ordered = measured.importance(layer)[order].double()
         shares.append(float(ordered[:half].sum() / ordered.sum().clamp_min(torch.finfo(torch.float64).tiny)))
     return {
         "layers": measured.layers,
-        "blocks": len(measured.edges) - 1,
-        "edges": list(measured.edges),
+        "blocks": partition.blocks,
+        "block_size": max(partition.sizes),
         "neurons_moved": moved,
         "importance_of_first_half": sum(shares) / len(shares),
     }

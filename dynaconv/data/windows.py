@@ -35,10 +35,11 @@ class Batch:
     @property
     def labels(self) -> Tensor:
         """``input_ids`` with -100 where nothing is to be predicted, (B, T) int64; the model shifts them."""
-        labels = self.input_ids
+        labels = self.input_ids.clone()
+        labels[:, 1:].masked_fill_(~self.predicted, IGNORED)
         for mask in (self.attention_mask, self.loss_mask):
             if mask is not None:
-                labels = labels.masked_fill(~mask, IGNORED)
+                labels[:, 0].masked_fill_(~mask[:, 0], IGNORED)
         return labels
 
     @property
@@ -48,13 +49,8 @@ class Batch:
 
     @property
     def predicted(self) -> Tensor:
-        """(B, T - 1) bool: positions whose next token is real and to be predicted, and so is scored."""
-        predicted = torch.ones_like(self.input_ids[:, 1:], dtype=torch.bool)
-        if self.attention_mask is not None:
-            predicted &= self.attention_mask[:, 1:] & self.attention_mask[:, :-1]
-        if self.loss_mask is not None:
-            predicted &= self.loss_mask[:, 1:]
-        return predicted
+        """(B, T - 1) bool: :func:`scored_tokens` without the last token of each window."""
+        return scored_tokens(self)[:, :-1]
 
     def rows(self, start: int, stop: int) -> Batch:
         """Windows ``[start, stop)`` of the batch: a micro-batch, or one process's share."""
@@ -72,6 +68,21 @@ class Batch:
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         masks = (None if mask is None else change(mask) for mask in (self.attention_mask, self.loss_mask))
         return Batch(change(self.input_ids), *masks)
+
+
+def scored_tokens(batch: Batch) -> Tensor:
+    """Tokens whose prediction of the next one counts, (B, T) bool: in losses, in what profile measures, in scores.
+
+    A token counts where it and its successor in the window are real, and the successor is to be predicted. So the last
+    token of a window never does, and of a conversation those before each token of the assistant's answers do.
+    """
+    scored = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+    scored[:, :-1] = True
+    if batch.attention_mask is not None:
+        scored[:, :-1] &= batch.attention_mask[:, 1:] & batch.attention_mask[:, :-1]
+    if batch.loss_mask is not None:
+        scored[:, :-1] &= batch.loss_mask[:, 1:]
+    return scored
 
 
 class Windows:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from dynaconv.data.windows import Batch
-from dynaconv.dynamic.curves import contributions, log_errors, log_norms, relative_errors
 from dynaconv.dynamic.ffn import DynamicFFN
 from dynaconv.dynamic.layout import RouterLayout
 from dynaconv.dynamic.policy import Decision, Policy
@@ -23,6 +22,7 @@ from dynaconv.dynamic.routers.base import Router
 from dynaconv.dynamic.routers.kinds import KINDS
 from dynaconv.dynamic.site import Site
 from dynaconv.kernels.choice import Prefix
+from dynaconv.profile.curves import BlockNorms, log_errors, log_norms, relative_errors
 
 LARGEST = 50.0  # logarithm of a norm
 
@@ -84,7 +84,7 @@ def oracle_router(ffn: DynamicFFN) -> Router:
             """Log r_n of tokens ``x`` (..., D), or the log norm of what block n adds: (..., N)."""
             hidden, down = ffn.hidden(x).flatten(0, -2).float(), ffn.blocked().weights.down.float()
             if self.experts == "routed":
-                known = log_norms(contributions(hidden, down, ffn.site.partition.edges).norms)
+                known = log_norms(BlockNorms(down, ffn.site.partition)(hidden))
             else:
                 known = log_errors(relative_errors(hidden, down, ffn.site.partition.edges))
             return known.view(*x.shape[:-1], self.blocks)

@@ -85,17 +85,22 @@ class ActivationMean(Sums):
 
 
 class CurveStatistics(Sums):
-    """Mean and quantiles of difficulty curves. Quantiles come of a histogram and are right to 0.7 %."""
+    """Mean and quantiles of difficulty curves, which are read from a histogram: the relative error is at most 0.7 %.
 
-    def __init__(self, blocks: int, device: torch.device | str = "cpu") -> None:
-        inner = blocks - 1  # the ends are 1 and 0 for every token
+    Args:
+        widths: W, at how many widths curves are measured, the empty and the full one among them.
+        device: Where to gather.
+    """
+
+    def __init__(self, widths: int, device: torch.device | str = "cpu") -> None:
+        inner = widths - 2  # at the ends errors are 1 and 0 for every token
         super().__init__(
             total=torch.zeros(inner, dtype=torch.float64, device=device),
             histogram=torch.zeros((inner, BINS), dtype=torch.int64, device=device),
         )
 
     def add(self, errors: torch.Tensor) -> None:
-        """Gathers ``(M, N + 1)`` relative errors of every width."""
+        """Gathers ``(M, W)`` relative errors."""
         inner = errors[:, 1:-1].float()
         self.sums["tokens"] += inner.shape[0]
         self.sums["total"] += inner.sum(0, dtype=torch.float64)
@@ -105,11 +110,11 @@ class CurveStatistics(Sums):
         histogram += torch.bincount(bins.flatten(), minlength=histogram.numel()).view_as(histogram)
 
     def mean(self) -> torch.Tensor:
-        """``(N + 1,)`` float32, mean r_n; 1 at width 0 and 0 at width N."""
+        """``(W,)`` float32, mean r_n; 1 at width 0 and 0 at width N."""
         return _with_ends((self.sums["total"] / max(1, self.tokens)).float())
 
     def quantiles(self) -> torch.Tensor:
-        """``(3, N + 1)`` float32, the .1, .5 and .9 quantiles of r_n."""
+        """``(3, W)`` float32, the .1, .5 and .9 quantiles of r_n."""
         below = self.sums["histogram"].cumsum(1)
         rows = []
         for share in QUANTILES:
@@ -174,5 +179,5 @@ class Influence(Sums):
 
 
 def _with_ends(inner: torch.Tensor) -> torch.Tensor:
-    """``(N - 1,)`` errors with the 1 of width 0 before and the 0 of width N behind."""
+    """``(W - 2,)`` errors with the 1 of width 0 before and the 0 of width N behind."""
     return torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0), value=1.0), (0, 1), value=0.0)

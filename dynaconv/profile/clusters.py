@@ -1,4 +1,4 @@
-"""Experts out of neurons: equal clusters of neurons that matter to the same tokens.
+"""Experts out of neurons: clusters, of one size but for the last, of neurons that matter to the same tokens.
 
 After MoEfication (arXiv 2110.01786), which clusters by weights, and CMoE (arXiv 2502.04416), which clusters by
 activations: a token's large activations then fall into few clusters, and the others can be left out. Here the balanced
@@ -7,19 +7,21 @@ assignment is the one that deferred acceptance finds (Gale and Shapley, 1962), w
 Neurons are told apart by what they add on some thousand tokens. Random projections of all tokens were tried in their
 place: as good untrained, and no better after fine-tuning.
 
-F neurons, N clusters of F / N neurons, S sampled tokens, M tokens of a batch.
+F neurons, N clusters, S sampled tokens, M tokens of a batch.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from dynaconv.data.windows import Batch
+from dynaconv.kernels.partition import Partition
 from dynaconv.ranks import Ranks
 
 ITERATIONS = 20
@@ -44,6 +46,7 @@ class Coactivation:
     def features(self, ranks: Ranks | None = None) -> Tensor:
         """``(F, S)`` float32, of all processes."""
         rows = torch.cat(self.rows)
+        self.rows = [rows]  # not a second copy of the sample
         if ranks is not None:
             counts = torch.zeros(ranks.world, dtype=torch.int64)
             counts[ranks.rank] = len(rows)
@@ -69,37 +72,41 @@ def sampled(batch: Batch, share: int) -> Tensor:
 
 
 @torch.no_grad()
-def expert_order(features: Tensor, importance: Tensor, experts: int) -> Tensor:
-    """Neurons in the order in which cutting them into ``experts`` equal blocks makes the clusters, (F,) int64.
+def expert_order(features: Tensor, importance: Tensor, partition: Partition) -> Tensor:
+    """Neurons in the order in which cutting them into the blocks of ``partition`` makes the clusters, (F,) int64.
 
-    The most important expert comes first, and in each the most important neuron.
+    The most important expert comes first, but for a smaller one, which is last; in each the most important neuron.
 
     Args:
         features: ``(F, S)``; neurons whose rows point the same way belong together.
         importance: ``(F,)``.
-        experts: N, which divides F.
+        partition: Blocks of one size, of which the last may be smaller.
     """
-    cluster = balanced_clusters(features, experts)
-    worth = torch.zeros(experts, dtype=torch.float64).index_add_(0, cluster, importance.double().cpu())
-    place = worth.argsort(descending=True, stable=True).argsort()[cluster]
     by_importance = importance.cpu().argsort(descending=True, stable=True)
+    if partition.blocks in (1, partition.neurons):  # one cluster, or one a neuron
+        return by_importance
+    cluster = balanced_clusters(features, partition.sizes)
+    worth = torch.zeros(partition.blocks, dtype=torch.float64).index_add_(0, cluster, importance.double().cpu())
+    if partition.uniform_size is None:
+        worth[-1] = -torch.inf
+    place = worth.argsort(descending=True, stable=True).argsort()[cluster]
     return by_importance[place[by_importance].argsort(stable=True)]
 
 
 @torch.no_grad()
-def balanced_clusters(features: Tensor, clusters: int, iterations: int = ITERATIONS) -> Tensor:
-    """Spherical k-means with clusters of equal size, from a fixed random start: the cluster of each neuron, (F,) int64.
+def balanced_clusters(features: Tensor, sizes: Sequence[int], iterations: int = ITERATIONS) -> Tensor:
+    """Spherical k-means with clusters of given sizes, from a fixed random start: each neuron's cluster, (F,) int64.
 
     Args:
         features: ``(F, S)``.
-        clusters: N, which divides F.
+        sizes: Neurons of each of the N clusters; together F.
         iterations: At most; it ends where nothing moves any more.
     """
     points = normalize(features.float().cpu(), dim=1)
-    start = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:clusters]
-    centres, found = points[start], torch.full((len(points),), -1)
+    start = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[: len(sizes)]
+    centres, found, room = points[start], torch.full((len(points),), -1), torch.tensor(sizes)
     for _ in range(iterations):
-        assigned = deferred_acceptance(points @ normalize(centres, dim=1).t(), len(points) // clusters)
+        assigned = deferred_acceptance(points @ normalize(centres, dim=1).t(), room)
         if torch.equal(assigned, found):
             break
         found = assigned
@@ -107,24 +114,31 @@ def balanced_clusters(features: Tensor, clusters: int, iterations: int = ITERATI
     return found
 
 
-def deferred_acceptance(similarity: Tensor, size: int) -> Tensor:
+def deferred_acceptance(similarity: Tensor, room: Tensor) -> Tensor:
     """Assigns each neuron to a cluster so that no neuron and cluster would both rather have each other.
 
-    Neurons ask the cluster most like them, which keeps the ``size`` most like itself; those turned away ask their next.
+    Neurons ask the cluster most like them, which keeps those most like itself as far as it has room; those turned away
+    ask their next. Among equals the first neuron and the first cluster come first.
 
     Args:
         similarity: ``(F, N)``.
-        size: F / N, the neurons of each cluster.
+        room: ``(N,)`` int64, the neurons that each cluster takes; together F.
 
     Returns:
-        ``(F,)`` int64, each cluster ``size`` times.
+        ``(F,)`` int64.
     """
     open_to, held = similarity.clone(), torch.full((len(similarity),), -1)
-    while len(free := (held < 0).nonzero()[:, 0]):
+    free = torch.arange(len(similarity))
+    while len(free):
         held[free] = open_to[free].argmax(1)
-        for cluster in held[free].unique().tolist():
-            asking = (held == cluster).nonzero()[:, 0]
-            if len(asking) > size:
-                turned_away = asking[similarity[asking, cluster].argsort(descending=True, stable=True)[size:]]
-                held[turned_away], open_to[turned_away, cluster] = -1, -torch.inf
+        asked = torch.zeros(len(room), dtype=torch.bool).index_fill_(0, held[free], True)
+        asking = asked[held].nonzero()[:, 0]  # of the other clusters none turns away
+        liked = similarity[asking, held[asking]].argsort(descending=True, stable=True)
+        asking = asking[liked][held[asking[liked]].argsort(stable=True)]  # by cluster, then by similarity
+        wanted = held[asking]
+        counts = torch.bincount(wanted, minlength=len(room))
+        place = torch.arange(len(asking)) - (counts.cumsum(0) - counts)[wanted]
+        free = asking[place >= room[wanted]]
+        open_to[free, held[free]] = -torch.inf
+        held[free] = -1
     return held

@@ -1,18 +1,20 @@
 """What profiling a checkpoint will take, from its headers alone.
 
-D residual width, F FFN width, V vocabulary, L layers.
+D residual width, F FFN width, N blocks, V vocabulary, L layers.
 """
 
 from __future__ import annotations
 
-from dynaconv.arch.blocks import block_edges
+from dynaconv.arch.blocks import ffn_partition, partition_text
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.artifacts.files import size_text
 from dynaconv.config import RunConfig
-from dynaconv.dynamic.curves import PARTS
+from dynaconv.kernels.partition import Partition
 from dynaconv.pipeline.stage import Estimate
-from dynaconv.profile.clusters import SAMPLED
+from dynaconv.profile.clusters import ITERATIONS, SAMPLED
+from dynaconv.profile.curves import PARTS, curve_widths
 from dynaconv.profile.loss_aware import TOKENS as BACKWARD_TOKENS
+from dynaconv.profile.measure import ROWS
 from dynaconv.profile.statistics import layout_bytes, tensor_layout
 from dynaconv.profile.streaming import HEAD_BYTES, PIECE, READ_BYTES
 
@@ -24,16 +26,18 @@ def profile_estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
     """Peak memory on the CPU, disk and FLOPs of profiling ``checkpoint``.
 
     Raises:
-        ConfigError: ``blocks`` does not fit its FFNs.
+        ConfigError: ``blocks`` or ``block_size`` does not fit its FFNs.
     """
     sizes, layers, tokens = checkpoint.sizes, checkpoint.layers, config.profile.tokens
-    edges = block_edges(sizes["ffn"], config.blocks, config.experts)
+    partition = ffn_partition(sizes["ffn"], config)
+    widths = curve_widths(partition, config.experts)
     curve_tokens = round(config.profile.curve_share * tokens)
     states = WORD * sizes["residual"] * tokens
     batch = _batch_bytes(checkpoint, config.profile.batch_size * config.data.sequence_length)
+    at_once = batch if config.experts == "nested" else _routed_bytes(checkpoint, partition, batch)
     phases = {
         "embedding": embedding_bytes(checkpoint, tokens) + states,
-        "layer": states + batch + _layer_bytes(checkpoint, curve_tokens) + _cluster_bytes(config, checkpoint),
+        "layer": states + at_once + _layer_bytes(checkpoint, partition, curve_tokens),
         "head": head_bytes(checkpoint) + states + _kept_bytes(config, checkpoint),
     }
     ffn, attention = checkpoint.ffn_parameters, checkpoint.attention_parameters
@@ -43,10 +47,13 @@ def profile_estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
     if config.profile.loss_aware:
         phases["backward pass"] = WORD * checkpoint.parameters + _backward_bytes(config, checkpoint)
         flops += 2 * curve_tokens * forward  # forward, and the half of a backward pass that reaches activations
+    if config.experts == "routed":
+        flops += layers * _routed_flops(checkpoint, partition, curve_tokens)
     worst = max(phases, key=lambda phase: phases[phase])
-    disk = layout_bytes(tensor_layout(layers, sizes["residual"], edges))
+    disk = layout_bytes(tensor_layout(layers, sizes["residual"], partition, widths))
     states_note = f"hidden states of {tokens} tokens take {size_text(states)}"
-    return Estimate(phases[worst], disk, flops, (f"most memory is needed for the {worst}; {states_note}",))
+    memory_note = f"most memory is needed for the {worst}; {states_note}"
+    return Estimate(phases[worst], disk, flops, (partition_text(layers, partition), memory_note))
 
 
 def importance_estimate(config: RunConfig, checkpoint: Checkpoint, disk_bytes: int) -> Estimate:
@@ -92,19 +99,32 @@ def _kept_bytes(config: RunConfig, checkpoint: Checkpoint) -> int:
     return _batch_bytes(checkpoint, tokens) if largest < RETAINED else 0
 
 
-def _layer_bytes(checkpoint: Checkpoint, curve_tokens: int) -> int:
+def _layer_bytes(checkpoint: Checkpoint, partition: Partition, curve_tokens: int) -> int:
     """One decoder layer, its FFN again in order, kept inputs, and the sums with a copy on its way to the disk."""
     residual = checkpoint.sizes["residual"]
     weights = 2 * checkpoint.ffn_parameters + checkpoint.attention_parameters
-    return WORD * (weights + curve_tokens * residual + 2 * (residual + 1) ** 2)
+    sums = (residual + 1) * (residual + 1 + partition.blocks)
+    return WORD * (weights + curve_tokens * residual + 2 * sums)
 
 
-def _cluster_bytes(config: RunConfig, checkpoint: Checkpoint) -> int:
-    """Where experts are routed: the sample twice and similarities twice, or what blocks add."""
-    if config.experts != "routed":
-        return 0
-    neurons = checkpoint.sizes["ffn"]
-    return WORD * (neurons * (2 * SAMPLED + 2 * config.blocks) + 4 * PARTS)
+def _routed_bytes(checkpoint: Checkpoint, partition: Partition, batch: int) -> int:
+    """Of routed experts: a sample of activations while a ``batch`` passes, clusters form, or blocks are measured."""
+    neurons, blocks, residual = partition.neurons, partition.blocks, checkpoint.sizes["residual"]
+    sample = SAMPLED * neurons
+    # Similarities: themselves, those still open, and those of neurons that ask; and three copies of the centres.
+    clustering = sample if blocks in (1, neurons) else 2 * sample + 3 * (neurons + SAMPLED) * blocks
+    factors = neurons * min(max(partition.sizes), residual) + 3 * min(PARTS, neurons * residual)
+    measuring = sample + factors + ROWS * (4 * neurons + 6 * blocks)
+    return max(batch + WORD * sample, WORD * clustering, WORD * measuring)
+
+
+def _routed_flops(checkpoint: Checkpoint, partition: Partition, curve_tokens: int) -> float:
+    """Of one layer: clustering, what blocks add, and the errors of some widths."""
+    neurons, blocks, residual = partition.neurons, partition.blocks, checkpoint.sizes["residual"]
+    clustering = 0 if blocks in (1, neurons) else ITERATIONS * SAMPLED * neurons * blocks
+    rank = min(max(partition.sizes), residual)
+    measured = len(curve_widths(partition, "routed")) - 1
+    return 2.0 * (clustering + neurons * residual * rank + curve_tokens * neurons * (rank + measured * residual))
 
 
 def _backward_bytes(config: RunConfig, checkpoint: Checkpoint) -> int:

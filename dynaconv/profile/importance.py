@@ -13,8 +13,8 @@ M tokens, B batch, T tokens in a window, D residual width, F FFN width, L layers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from dynaconv.artifacts.writer import CheckpointWriter, TensorLayout
 from dynaconv.data.windows import Batch
 from dynaconv.errors import CheckpointError
 from dynaconv.profile.accumulators import ActivationMean, Influence, SecondMoment
+from dynaconv.profile.capture import Captured, capture
 from dynaconv.profile.streaming import LayerStream
 
 SCHEMA = 1
@@ -152,7 +153,7 @@ def tensor_layout(checkpoint: Checkpoint, *, second_moments: bool) -> list[Tenso
 
 @dataclass(frozen=True)
 class Points:
-    """Where a layer is listened to, as rows of the family's table.
+    """Where activations of a layer are captured, as rows of the family's table.
 
     Attributes:
         outputs: The projections that write into the residual stream, by part: ``attention`` contracts all value
@@ -176,23 +177,12 @@ class Points:
         scores = [spec for spec in checkpoint.family.tensors if spec.contracts is not None]
         return cls(outputs, tuple(s for s in scores if not produced(s).axes.isdisjoint(SCORE_AXES)))
 
-
-class Heard:
-    """What went into the output projections of a layer at its last call, and what made queries and keys.
-
-    Attributes:
-        inputs: (B, T, width) by part.
-        made: (B, T, rows) by the name of the tensor.
-    """
-
-    def __init__(self) -> None:
-        self.inputs: dict[str, Tensor] = {}
-        self.made: dict[str, Tensor] = {}
-
-    def clear(self) -> None:
-        """Lets go of the last call's tensors."""
-        self.inputs.clear()
-        self.made.clear()
+    def captured(self, layer: nn.Module) -> AbstractContextManager[Captured]:
+        """Captures, by part, what goes into the output projections of ``layer``; by name, what scores are made of."""
+        return capture(
+            inputs={part: module_of(layer, spec) for part, spec in self.outputs.items()},
+            outputs={spec.name: module_of(layer, spec) for spec in self.scores},
+        )
 
 
 class _LayerSums:
@@ -207,14 +197,14 @@ class _LayerSums:
         self.influence = Influence(device)
         self.moments = {part: SecondMoment(width, device) for part, width in widths.items() if second_moments}
 
-    def add(self, heard: Heard, before: Tensor, after: Tensor, real: Tensor | None) -> None:
-        """Gathers a batch: what was heard, and the residual stream on both sides of the layer."""
-        for part, tensor in heard.inputs.items():
+    def add(self, captured: Captured, before: Tensor, after: Tensor, real: Tensor | None) -> None:
+        """Gathers a batch: what passed the points, and the residual stream on both sides of the layer."""
+        for part, tensor in captured.inputs.items():
             rows = tokens_of(tensor, real)
             self.inputs[part].add(rows)
             if part in self.moments:
                 self.moments[part].add(rows)
-        for name, tensor in heard.made.items():
+        for name, tensor in captured.outputs.items():
             self.made[name].add(tokens_of(tensor, real))
         self.influence.add(tokens_of(before, real), tokens_of(after, real))
 
@@ -256,13 +246,13 @@ def layer_importance(
     """
     checkpoint, points = stream.checkpoint, Points.of(stream.checkpoint)
     sums = _LayerSums(stream, points, second_moments=second_moments)
-    with stream.layer(index) as layer, listen(layer, points) as heard:
+    with stream.layer(index) as layer, points.captured(layer) as captured:
         for i, batch in enumerate(batches):
             before, real = hidden[i], _real(batch, stream.device)
             hidden[i] = stream.advance(index, layer, before, batch)
-            sums.add(heard, before, hidden[i], real)
+            sums.add(captured, before, hidden[i], real)
             residual.add(tokens_of(hidden[i], real))
-            heard.clear()  # or they would stand in memory beside the next batch's
+            captured.clear()
             finished(batch)
         columns = {part: column_norms(layer, spec) for part, spec in points.outputs.items()}
     heads = checkpoint.sizes["q_head"], checkpoint.sizes["v_dim"]
@@ -292,28 +282,6 @@ def query_key_activation(checkpoint: Checkpoint, points: Points, made: Mapping[s
             rows = produced(spec).positions(sizes, none.get)  # of this axis only, its channels fastest
             totals[axis] += made[spec.name][rows].view(-1, sizes[axis]).sum(0)
     return totals["q_dim"] * totals["k_dim"]
-
-
-@contextmanager
-def listen(layer: nn.Module, points: Points) -> Iterator[Heard]:
-    """Notes what passes the ``points`` of ``layer``, for the duration of the block."""
-    heard = Heard()
-
-    def note_input(part: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, args: heard.inputs.__setitem__(part, args[0])
-
-    def note_output(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda _, args, output: heard.made.__setitem__(name, output)
-
-    hooks = [
-        *(module_of(layer, spec).register_forward_pre_hook(note_input(p)) for p, spec in points.outputs.items()),
-        *(module_of(layer, spec).register_forward_hook(note_output(spec.name)) for spec in points.scores),
-    ]
-    try:
-        yield heard
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def produced(spec: TensorSpec) -> Dimension:

@@ -1,4 +1,4 @@
-"""What the loss feels of an FFN's error: a backward pass through the whole model.
+"""How sensitive the loss is to an error of each FFN's output: a backward pass through the whole model.
 
 To first order an error e in an FFN's output y costs e . dLoss/dy, at most ||e|| ||dLoss/dy|| = r ||y|| ||dLoss/dy||.
 So a token's difficulty curve r_n is weighted with g = ||dLoss/dy|| ||y||, normalised to mean 1 over tokens and layers.
@@ -9,20 +9,20 @@ B batch, T tokens, D residual width, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.arch.stock import stock_names
 from dynaconv.data.windows import Batch
+from dynaconv.profile.capture import capture
 from dynaconv.profile.measure import Sample
 from dynaconv.profile.skeleton import skeleton
-from dynaconv.profile.streaming import LayerStream, predicting
+from dynaconv.profile.streaming import LayerStream
 from dynaconv.ranks import Ranks
 
 TOKENS = 1024  # tokens in one backward pass: its activations are kept for all layers
@@ -36,7 +36,7 @@ def loss_weights(
     finished: Callable[[Batch, int], None] = lambda batch, tokens: None,
     ranks: Ranks | None = None,
 ) -> Tensor:
-    """What the loss feels of an error at every layer and curve token of ``sample``: g, from one backward pass.
+    """Sensitivity g of the loss at every layer and curve token of ``sample``, from one backward pass.
 
     Args:
         stream: Says which checkpoint, and what to compute in and where.
@@ -59,7 +59,7 @@ def loss_weights(
         for start in range(0, measured, size):
             piece = batch.rows(start, start + size).to(stream.device)
             chosen = mask[start : start + size].to(stream.device)
-            parts.append(felt_by_loss(model, stream.checkpoint, piece)[:, chosen].cpu())
+            parts.append(sensitivity(model, stream.checkpoint, piece)[:, chosen].cpu())
             finished(piece, int(chosen.sum()))
     weights = torch.cat(parts, dim=1)
     total = torch.stack([weights.double().sum(), torch.tensor(float(weights.numel()), dtype=torch.float64)])
@@ -67,18 +67,20 @@ def loss_weights(
     return weights / (total[0] / total[1]).float().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def felt_by_loss(model: Any, checkpoint: Checkpoint, batch: Batch) -> Tensor:
+def sensitivity(model: Any, checkpoint: Checkpoint, batch: Batch) -> Tensor:
     """||dLoss/dy|| ||y|| of every token and layer, Loss being the sum over the batch of nats: (L, B, T) float32."""
     spec = checkpoint.family.ffn
-    downs = [model.get_submodule(f"{spec.path.format(layer=i)}.{spec.down}") for i in range(checkpoint.layers)]
-    with torch.enable_grad(), _outputs(downs) as outputs:
+    names = [f"{spec.path.format(layer=i)}.{spec.down}" for i in range(checkpoint.layers)]
+    downs = {name: model.get_submodule(name) for name in names}
+    with torch.enable_grad(), capture(outputs=downs) as captured:
         embedded = model.get_input_embeddings()(batch.input_ids).requires_grad_()
         logits = model(inputs_embeds=embedded, attention_mask=batch.attention_mask, use_cache=False).logits
-        known = predicting(batch)[:, :-1]
-        loss = cross_entropy(logits[:, :-1][known].float(), batch.input_ids[:, 1:][known], reduction="sum")
+        scored = batch.predicted
+        loss = cross_entropy(logits[:, :-1][scored].float(), batch.input_ids[:, 1:][scored], reduction="sum")
+        outputs = [captured.outputs[name] for name in names]
         gradients = torch.autograd.grad(loss, outputs)
     sizes = []
-    for down, output, gradient in zip(downs, outputs, gradients, strict=True):
+    for down, output, gradient in zip(downs.values(), outputs, gradients, strict=True):
         own = output.detach() if down.bias is None else output.detach() - down.bias
         size = own.float().norm(dim=-1) * gradient.float().norm(dim=-1)
         sizes.append(size.view(batch.input_ids.shape))  # OPT flattens its tokens
@@ -99,15 +101,3 @@ def whole_model(
     model.load_state_dict(state, strict=not checkpoint.tied, assign=True)
     model.tie_weights()
     return model
-
-
-@contextmanager
-def _outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Collects the output of each module, in the order they run."""
-    outputs: list[Tensor] = []
-    hooks = [module.register_forward_hook(lambda _, args, output: outputs.append(output)) for module in modules]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -12,23 +12,32 @@ M tokens, B batch, T tokens in a window, D residual width, F FFN width, N blocks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dynaconv.arch.spec import FFNSpec
-from dynaconv.data.windows import Batch
-from dynaconv.dynamic.curves import contributions, log_errors, log_norms, relative_errors
+from dynaconv.data.windows import Batch, scored_tokens
 from dynaconv.dynamic.projections import ffn_weights
+from dynaconv.kernels.partition import Partition
 from dynaconv.kernels.reference import hidden_neurons
 from dynaconv.kernels.weights import FFNWeights
 from dynaconv.profile.accumulators import ActivationMean, CurveStatistics, RidgeStatistics
 from dynaconv.profile.calibration import own_rows
+from dynaconv.profile.capture import Captured, capture
 from dynaconv.profile.clusters import Coactivation, expert_order
-from dynaconv.profile.streaming import LayerStream, predicting
+from dynaconv.profile.curves import (
+    BlockNorms,
+    best_block_errors,
+    curve_widths,
+    log_errors,
+    log_norms,
+    relative_errors,
+)
+from dynaconv.profile.streaming import LayerStream
 from dynaconv.ranks import Ranks
 
 ORDERS = ("importance", "none")
@@ -49,14 +58,14 @@ class Sample:
 
     @classmethod
     def of(cls, batches: Sequence[Batch], curve_share: float) -> Sample:
-        """Curves on the first ``curve_share`` of the windows, on tokens that predict another one.
+        """Curves on the first ``curve_share`` of the windows, on :func:`scored_tokens`.
 
-        The last token of a window bears no loss and would count as worthless in a loss-aware curve.
+        Others bear no loss, such as the last token of a window, and would count as worthless in a loss-aware curve.
         """
         windows = round(curve_share * sum(len(batch.input_ids) for batch in batches))
         left, masks = max(1, windows), []
         for batch in batches:
-            mask = predicting(batch)
+            mask = scored_tokens(batch)
             mask[left:] = False
             left = max(0, left - len(mask))
             masks.append(mask)
@@ -88,33 +97,9 @@ class Sample:
         return sum(int(mask.sum()) for mask in self.curve_masks)
 
 
-class Tap:
-    """What went into an FFN and into its down projection at the last call.
-
-    Attributes:
-        x: The FFN's input (M, D), the tokens of the batch in order.
-        hidden: Activations of the neurons (M, F).
-    """
-
-    x: Tensor
-    hidden: Tensor
-
-    @classmethod
-    @contextmanager
-    def on(cls, owner: nn.Module, spec: FFNSpec) -> Iterator[Tap]:
-        """Taps the FFN whose projections lie in ``owner``, for the duration of the block."""
-        tap = cls()
-        hooks = [
-            owner.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, seen=seen: setattr(tap, seen, args[0].reshape(-1, args[0].shape[-1]))
-            )
-            for name, seen in ((spec.up, "x"), (spec.down, "hidden"))
-        ]
-        try:
-            yield tap
-        finally:
-            for hook in hooks:
-                hook.remove()
+def capture_ffn(owner: nn.Module, spec: FFNSpec) -> AbstractContextManager[Captured]:
+    """Captures ``x``, what goes into the FFN whose projections lie in ``owner``, and its activations ``hidden``."""
+    return capture(inputs={"x": owner.get_submodule(spec.up), "hidden": owner.get_submodule(spec.down)})
 
 
 def measure_layer(
@@ -124,7 +109,7 @@ def measure_layer(
     sample: Sample,
     *,
     order: str,
-    edges: Sequence[int],
+    partition: Partition,
     experts: str = "nested",
     weights: Tensor | None = None,
     finished: Callable[[Batch], None] = lambda batch: None,
@@ -138,15 +123,16 @@ def measure_layer(
         hidden: For each batch, the layer's input (B, T, D); replaced by its output.
         sample: Which tokens.
         order: ``importance`` or ``none``, of nested experts.
-        edges: N + 1 neuron positions.
+        partition: The blocks.
         experts: ``nested``, or ``routed``, whose neurons are clustered and of which single blocks are measured.
-        weights: ``(curve tokens,)``, what the loss feels of an error of each token in this layer, or ``None``.
+        weights: ``(curve tokens,)``, sensitivity of the loss to an error of each token in this layer, or ``None``.
         finished: Called after each batch.
         ranks: The processes that each measure some of the batches; alone by default.
 
     Returns:
-        ``activation``, ``importance`` (F,), ``order`` (F,) int64, ``curve_mean`` (N + 1,), ``curve_quantiles``
-        (3, N + 1), ``feature_gram`` (D + 1, D + 1), ``feature_target`` (D + 1, N), float32, on the CPU.
+        ``activation``, ``importance`` (F,), ``order`` (F,) int64, ``curve_mean`` (W,), ``curve_quantiles`` (3, W),
+        of the W :func:`curve_widths`, ``feature_gram`` (D + 1, D + 1), ``feature_target`` (D + 1, N), float32, on the
+        CPU.
     """
     spec = stream.checkpoint.family.ffn
     with stream.layer(index) as layer:
@@ -162,9 +148,9 @@ def measure_layer(
         if together is None:
             ranked = ranking(importance, order)
         else:
-            ranked = expert_order(together.features(ranks), importance, len(edges) - 1).to(stream.device)
+            ranked = expert_order(together.features(ranks), importance, partition).to(stream.device)
         ordered = ordered_weights(stock, ranked)
-        curves, ridge = measure_curves(kept, ordered, edges, experts, weights)
+        curves, ridge = measure_curves(kept, ordered, partition, experts, weights)
         if ranks is not None:
             curves, ridge = curves.gather(ranks), ridge.gather(ranks)
     measured = {
@@ -182,7 +168,7 @@ def measure_layer(
 def measure_curves(
     inputs: Sequence[Tensor],
     ordered: FFNWeights,
-    edges: Sequence[int],
+    partition: Partition,
     experts: str = "nested",
     weights: Tensor | None = None,
 ) -> tuple[CurveStatistics, RidgeStatistics]:
@@ -191,23 +177,25 @@ def measure_curves(
     Args:
         inputs: Pieces, in the order of ``weights``.
         ordered: The FFN.
-        edges: N + 1 neuron positions.
+        partition: The blocks.
         experts: ``nested``: curves are those of prefixes, and what is regressed. ``routed``: curves are those of each
             token's best blocks, and what is regressed is what every block adds.
         weights: ``(tokens of all pieces,)`` or ``None``.
     """
-    blocks, width, device = len(edges) - 1, ordered.up.shape[1], ordered.up.device
-    curves, ridge = CurveStatistics(blocks, device), RidgeStatistics(width, blocks, device)
+    device, down, widths = ordered.up.device, ordered.down, curve_widths(partition, experts)
+    curves, ridge = CurveStatistics(len(widths), device), RidgeStatistics(ordered.up.shape[1], partition.blocks, device)
+    block_norms = BlockNorms(down, partition) if experts == "routed" else None
     start = 0
     for x in (rows for piece in inputs for rows in torch.split(piece, ROWS)):
         h = hidden_neurons(x, ordered)
-        felt = None if weights is None else weights[start : start + len(x)].to(device)
-        if experts == "routed":
-            norms, errors = contributions(h, ordered.down, edges)
-            targets = log_norms(norms, felt)
+        sensitivity = None if weights is None else weights[start : start + len(x)].to(device)
+        if block_norms is None:
+            errors = relative_errors(h, down, partition.edges)
+            targets = log_errors(errors, sensitivity)
         else:
-            errors = relative_errors(h, ordered.down, edges)
-            targets = log_errors(errors, felt)
+            norms = block_norms(h)
+            errors = best_block_errors(h, down, partition, norms, widths)
+            targets = log_norms(norms, sensitivity)
         curves.add(errors)
         ridge.add(x, targets)
         start += len(x)
@@ -246,19 +234,22 @@ def _run(
 ) -> tuple[ActivationMean, list[Tensor]]:
     """Pass A: mean |activation|, and the FFN's input (M, D) at the curve tokens of each batch.
 
-    ``together`` samples tokens where experts are to be clustered.
+    The mean, and the sample that ``together`` takes where experts are to be clustered, are of all real tokens, not of
+    the scored ones alone: at a low dial a user's question runs through the same blocks as the answer, which reads it.
     """
     activation, kept = ActivationMean(stream.checkpoint.sizes["ffn"], stream.device), list[Tensor]()
-    with Tap.on(stream.ffn(layer), stream.checkpoint.family.ffn) as tap:
+    with capture_ffn(stream.ffn(layer), stream.checkpoint.family.ffn) as captured:
         for i, (batch, mask) in enumerate(zip(sample.batches, sample.curve_masks, strict=True)):
             hidden[i] = stream.advance(index, layer, hidden[i], batch)
-            real = batch.attention_mask
-            active = tap.hidden if real is None else tap.hidden[real.flatten().to(stream.device)]
+            x, active = (captured.inputs[name].flatten(0, -2) for name in ("x", "hidden"))
+            if batch.attention_mask is not None:
+                active = active[batch.attention_mask.flatten().to(stream.device)]
             activation.add(active)
             if together is not None:
                 together.add(active, batch)
             if bool(mask.any()):
-                kept.append(tap.x[mask.flatten().to(stream.device)])
-            del tap.x, tap.hidden, active  # or they would stand in memory beside the next batch's
+                kept.append(x[mask.flatten().to(stream.device)])
+            del x, active
+            captured.clear()
             finished(batch)
     return activation, kept

@@ -7,7 +7,7 @@ import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from dynaconv.arch.blocks import block_edges
+from dynaconv.arch.blocks import ffn_partition, partition_text
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.config import RunConfig
 from dynaconv.errors import CheckpointError, DataError
@@ -17,6 +17,7 @@ from dynaconv.profile.calibration import calibration_batches
 if TYPE_CHECKING:
     import torch
 
+    from dynaconv.kernels.partition import Partition
     from dynaconv.profile.measure import Sample
     from dynaconv.profile.streaming import LayerStream
 
@@ -28,14 +29,14 @@ class ProfileStage(Stage):
     consumes = ("dense",)
     produces = "statistics"
     distributed = True
-    sections = ("experts", "blocks", "seed", "data", "profile")
+    sections = ("experts", "blocks", "block_size", "seed", "data", "profile")
 
     def estimate(self, config: RunConfig, source: Dense, parent: Dense | None = None) -> Estimate:
         """Peak memory on the CPU, disk, and FLOPs, from the headers of the checkpoint.
 
         Raises:
             CheckpointError: ``source`` is not a checkpoint that can be profiled.
-            ConfigError: ``blocks`` does not fit its FFNs.
+            ConfigError: ``blocks`` or ``block_size`` does not fit its FFNs.
         """
         from dynaconv.profile.cost import profile_estimate
 
@@ -46,23 +47,25 @@ class ProfileStage(Stage):
 
         Raises:
             CheckpointError: The checkpoint or its tokenizer is damaged or not supported; NaN in a weight names it.
-            ConfigError: ``blocks`` does not fit its FFNs.
+            ConfigError: ``blocks`` or ``block_size`` does not fit its FFNs.
             DataError: The calibration text is missing or too small.
             ArtifactError: The folder cannot be written.
         """
+        from dynaconv.profile.curves import curve_widths
         from dynaconv.profile.statistics import Summary
         from dynaconv.profile.streaming import LayerStream
 
         config, started = context.config, time.monotonic()
         folder = context.inputs["dense"]
         checkpoint = Checkpoint.open(folder)
-        edges = block_edges(checkpoint.sizes["ffn"], config.blocks, config.experts)
+        partition = ffn_partition(checkpoint.sizes["ffn"], config)
+        context.log.info("profile: %s", partition_text(checkpoint.layers, partition))
         whole, digest = _sample(checkpoint, context)
         sample = whole.own(context.ranks)
         stream = LayerStream(checkpoint, context.ranks.device, trust_remote_code=config.trust_remote_code)
         context.log.info("profile: computing in %s on %s", stream.dtype, stream.device)
-        felt = _felt(stream, sample, context) if config.profile.loss_aware else None
-        loss, half = _stream(stream, sample, edges, felt, context)
+        sensitivity = _sensitivity(stream, sample, context) if config.profile.loss_aware else None
+        loss, half = _stream(stream, sample, partition, sensitivity, context)
         if not math.isfinite(loss):
             found = f"{loss} nats a token, computed in {stream.dtype}"
             raise CheckpointError("the model's loss on the calibration text is not finite", where=folder, found=found)
@@ -70,8 +73,8 @@ class ProfileStage(Stage):
             tokens=whole.tokens,
             curve_tokens=whole.curve_tokens,
             layers=checkpoint.layers,
-            blocks=config.blocks,
-            edges=edges,
+            partition=partition,
+            curve_widths=curve_widths(partition, config.experts),
             loss=loss,
             experts=config.experts,
             order=config.profile.order,
@@ -86,6 +89,8 @@ class ProfileStage(Stage):
             "tokens": whole.tokens,
             "loss": loss,
             "tokens_per_s": whole.tokens / (time.monotonic() - started),
+            "blocks": partition.blocks,
+            "block_size": max(partition.sizes),
             "half_width_error": half,
             "curve_share": whole.curve_tokens / whole.tokens,
         }
@@ -106,8 +111,8 @@ def _sample(checkpoint: Checkpoint, context: StageContext) -> tuple[Sample, str]
     return sample, digest
 
 
-def _felt(stream: LayerStream, sample: Sample, context: StageContext) -> torch.Tensor:
-    """What the loss feels of errors, (L, curve tokens): the backward pass."""
+def _sensitivity(stream: LayerStream, sample: Sample, context: StageContext) -> torch.Tensor:
+    """Sensitivity of the loss to errors, (L, curve tokens): the backward pass."""
     from dynaconv.profile.loss_aware import loss_weights
 
     with context.progress.task("profile: loss", total=sample.curve_tokens, unit="tokens") as task:
@@ -121,17 +126,19 @@ def _felt(stream: LayerStream, sample: Sample, context: StageContext) -> torch.T
 
 
 def _stream(
-    stream: LayerStream, sample: Sample, edges: tuple[int, ...], felt: torch.Tensor | None, context: StageContext
+    stream: LayerStream, sample: Sample, partition: Partition, sensitivity: torch.Tensor | None, context: StageContext
 ) -> tuple[float, float]:
     """Measures and writes layer by layer; the parent's loss, and the mean error at half width over layers."""
     import torch
 
+    from dynaconv.data.windows import scored_tokens
+    from dynaconv.profile.curves import curve_widths
     from dynaconv.profile.measure import measure_layer
     from dynaconv.profile.statistics import open_writer, tensor_layout
-    from dynaconv.profile.streaming import predicting
 
     layers, half = stream.checkpoint.layers, []
-    layout = tensor_layout(layers, stream.checkpoint.sizes["residual"], edges)
+    widths = curve_widths(partition, context.config.experts)
+    layout = tensor_layout(layers, stream.checkpoint.sizes["residual"], partition, widths)
     steps, ranks = layers * len(sample.batches), context.ranks
     place = open_writer(context.folder, layout) if ranks.main else nullcontext(None)
     with place as writer, context.progress.task("profile", steps, "batches") as task:
@@ -144,17 +151,17 @@ def _stream(
                 hidden,
                 sample,
                 order=context.config.profile.order,
-                edges=edges,
+                partition=partition,
                 experts=context.config.experts,
-                weights=None if felt is None else felt[index],
+                weights=None if sensitivity is None else sensitivity[index],
                 finished=lambda batch: task.advance(tokens=ranks.world * batch.tokens / layers),
                 ranks=ranks,
             )
             if writer is not None:
                 for name, tensor in measured.items():
                     writer.write(f"layers.{index}.{name}", tensor)
-            half.append(float(measured["curve_mean"][len(edges) // 2]))
-        scored = sum(int(predicting(batch).sum()) for batch in sample.batches)
+            half.append(float(measured["curve_mean"][len(widths) // 2]))
+        scored = sum(int(scored_tokens(batch).sum()) for batch in sample.batches)
         own = torch.tensor(stream.loss(hidden, sample.batches), dtype=torch.float64)
         loss = ranks.mean(own, scored).item()
         task.advance(0, note=f"loss {loss:.3f}")

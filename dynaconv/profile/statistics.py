@@ -1,4 +1,4 @@
-"""What profile leaves on disk: ``statistics.json`` and ``statistics.safetensors``, a few tensors a layer.
+"""What profile leaves on disk and carve reads: ``statistics.json`` and ``statistics.safetensors``.
 
 D residual width, F FFN width, N blocks, L layers.
 """
@@ -14,10 +14,12 @@ import torch
 
 from dynaconv.artifacts.files import write_json
 from dynaconv.artifacts.writer import CheckpointWriter, TensorLayout
+from dynaconv.kernels.partition import Partition
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had edges, at most 65 of them, in place of a partition
 SUMMARY_FILE = "statistics.json"
-PREFIX = "statistics"  # of statistics.safetensors
+PREFIX = "statistics"
+TENSOR_FILE = f"{PREFIX}.safetensors"
 ONE_FILE = 2**62  # bytes: more than any file
 
 
@@ -29,8 +31,8 @@ class Summary:
         tokens: Calibration tokens, padding left out.
         curve_tokens: Tokens that difficulty curves were measured on.
         layers: L.
-        blocks: N.
-        edges: N + 1 neuron positions.
+        partition: How each FFN is cut into blocks.
+        curve_widths: Widths, in blocks, that difficulty curves were measured at.
         loss: The parent's, nats a token on the calibration text.
         experts: ``nested`` or ``routed``.
         order: ``importance`` or ``none``; of routed experts neurons are ordered by cluster.
@@ -43,8 +45,8 @@ class Summary:
     tokens: int
     curve_tokens: int
     layers: int
-    blocks: int
-    edges: tuple[int, ...]
+    partition: Partition
+    curve_widths: tuple[int, ...]
     loss: float
     experts: str
     order: str
@@ -59,27 +61,28 @@ class Summary:
         Raises:
             ArtifactError: The disk is full, read-only or not accessible.
         """
-        write_json(folder / SUMMARY_FILE, {"schema": SCHEMA, **asdict(self)})
+        content = {**asdict(self), "partition": self.partition.to_json()}
+        write_json(folder / SUMMARY_FILE, {"schema": SCHEMA, **content})
 
 
-def tensor_layout(layers: int, residual: int, edges: Sequence[int]) -> list[TensorLayout]:
+def tensor_layout(layers: int, residual: int, partition: Partition, widths: Sequence[int]) -> list[TensorLayout]:
     """Name, dtype and shape of every tensor: ``layers.{l}.<what>``, as :func:`measure_layer` returns them.
 
     ``activation`` is mean |h|, ``importance`` that times the norm of the neuron's down column, ``order`` the neurons
-    as they are cut. ``curve_mean`` and ``curve_quantiles`` (.1, .5, .9) are of r_n, n = 0..N. ``feature_gram`` is the
-    sum over curve tokens of [x; 1][x; 1]^T with x the FFN's input, ``feature_target`` that of [x; 1] log t_n,
+    as they are cut. ``curve_mean`` and ``curve_quantiles`` (.1, .5, .9) are of r_n at ``widths``. ``feature_gram`` is
+    the sum over curve tokens of [x; 1][x; 1]^T with x the FFN's input, ``feature_target`` that of [x; 1] log t_n,
     n = 0..N-1, with t_n = r_n, or the norm of what block n adds where experts are routed, times the token's weight
     where curves are loss-aware.
     """
-    neurons, widths, blocks = edges[-1], len(edges), len(edges) - 1
+    neurons = partition.neurons
     shapes = {
         "activation": (torch.float32, (neurons,)),
         "importance": (torch.float32, (neurons,)),
         "order": (torch.int64, (neurons,)),
-        "curve_mean": (torch.float32, (widths,)),
-        "curve_quantiles": (torch.float32, (3, widths)),
+        "curve_mean": (torch.float32, (len(widths),)),
+        "curve_quantiles": (torch.float32, (3, len(widths))),
         "feature_gram": (torch.float32, (residual + 1, residual + 1)),
-        "feature_target": (torch.float32, (residual + 1, blocks)),
+        "feature_target": (torch.float32, (residual + 1, partition.blocks)),
     }
     return [(f"layers.{i}.{name}", dtype, shape) for i in range(layers) for name, (dtype, shape) in shapes.items()]
 

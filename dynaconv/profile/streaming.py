@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from dynaconv.arch.checkpoint import Checkpoint
-from dynaconv.data.windows import Batch
+from dynaconv.data.windows import Batch, scored_tokens
 from dynaconv.profile.skeleton import activation, borrowing, lent, load, loaded, skeleton
 
 PIECE = 2048  # rows of the head, and columns of the logits, in memory at a time; fixed, so that two models' go together
@@ -151,7 +151,7 @@ class LayerStream:
 
     @torch.no_grad()
     def loss(self, hidden: Sequence[Tensor], batches: Sequence[Batch]) -> float:
-        """Mean loss in nats a token, over the tokens whose successor is known, from final hidden states (B, T, D).
+        """Mean loss in nats a token, over :func:`scored_tokens`, from final hidden states (B, T, D).
 
         Raises:
             CheckpointError: A weight of the head is NaN or infinite; the message names the tensor.
@@ -159,7 +159,9 @@ class LayerStream:
         chunks = [
             _Scored(states, rows, batch.input_ids.flatten()[rows.cpu() + 1].to(states.device))
             for states, batch in zip(hidden, batches, strict=True)
-            for rows in torch.split(predicting(batch).flatten().nonzero()[:, 0].to(states.device), self._rows_at_once())
+            for rows in torch.split(
+                scored_tokens(batch).flatten().nonzero()[:, 0].to(states.device), self._rows_at_once()
+            )
         ]
         for start, logits in self._heads():
             for chunk in chunks:
@@ -273,15 +275,6 @@ class _Scored:
     def nats(self) -> float:
         """Their summed loss, once every piece was gathered."""
         return float((self._normaliser - self._own).double().sum())
-
-
-def predicting(batch: Batch) -> Tensor:
-    """Tokens whose successor in the window is a real token, and that are real themselves: (B, T) bool."""
-    mask = batch.attention_mask
-    real = torch.ones_like(batch.input_ids, dtype=torch.bool) if mask is None else mask
-    following = torch.zeros_like(real)
-    following[:, :-1] = real[:, 1:]
-    return real & following
 
 
 def default_device() -> torch.device:

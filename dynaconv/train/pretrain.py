@@ -135,7 +135,7 @@ def held_out_loss(model: Any, corpus: Corpus, schedule: Schedule) -> float:
     total, count = 0.0, 0
     for batch in evaluation_batches(corpus.validation, schedule.batch_size, schedule.validation_tokens):
         total += float(_summed_loss(model, batch, schedule))
-        count += int((batch.labels[:, 1:] >= 0).sum())
+        count += int(batch.predicted.sum())
     return total / max(1, count)
 
 
@@ -171,7 +171,7 @@ def _train(model: Any, corpus: Corpus, schedule: Schedule, progress: Progress) -
 
 def _step(model: Any, optimizers: list[torch.optim.Optimizer], batch: Batch, schedule: Schedule) -> float:
     """One optimiser step; mean loss over the whole batch in nats per token."""
-    count = max(1, int((batch.labels[:, 1:] >= 0).sum()))
+    count = max(1, int(batch.predicted.sum()))
     total = 0.0
     for part in batch.split(schedule.accumulation):
         loss = _summed_loss(model, part, schedule) / count

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from dynaconv.dynamic.context import using
-from dynaconv.dynamic.curves import agreements, log_errors, relative_errors, width_by_cosine
 from dynaconv.dynamic.ffn import DynamicFFN
+from dynaconv.profile.curves import agreements, log_errors, relative_errors, width_by_cosine
 
 
 class Scored:

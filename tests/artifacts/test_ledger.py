@@ -47,7 +47,7 @@ def test_difference_names_fields_and_shortens_hashes() -> None:
 
 def test_flatten_reaches_every_leaf_of_a_recipe() -> None:
     flat = flatten(RunConfig())
-    assert flat["blocks"] == 64
+    assert flat["blocks"] is None
     assert flat["data.train"] == ["python-stdlib"]
     assert flat["finetune.learning_rate"] == 6e-4
     assert not any(isinstance(value, dict) for value in flat.values())

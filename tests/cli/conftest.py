@@ -15,7 +15,7 @@ from dynaconv.errors import DynaconvError
 
 TINY = [
     "data.sequence_length=32",
-    "blocks=4",
+    "block_size=24",
     "profile.tokens=512",
     "profile.batch_size=4",
     "finetune.tokens=256",

@@ -18,7 +18,7 @@ STAGES = ["profile", "carve", "finetune", "calibrate", "export"]
 TRAINING_FREE = [
     "--recipe",
     "training-free",
-    "blocks=8",
+    "block_size=12",
     "data.sequence_length=32",
     "profile.tokens=512",
     "calibrate.budgets=[0.5]",
@@ -74,10 +74,10 @@ def test_plan_writes_nothing_and_says_what_is_kept(
     plan = json.loads(dynaconv("plan", converted, "calibrate.budgets=[0.5]", "--json").out)
     assert [stage["action"] for stage in plan["stages"]] == ["keep", "keep", "keep", "stale", "stale"]
     assert plan["problems"] == []
-    fresh = json.loads(dynaconv("plan", dense, "blocks=8", "--json").out)
+    fresh = json.loads(dynaconv("plan", dense, "block_size=12", "--json").out)
     assert {stage["action"] for stage in fresh["stages"]} == {"make"}
     assert fresh["peak_bytes"] > 0
-    shown = dynaconv("plan", dense, "blocks=8")
+    shown = dynaconv("plan", dense, "block_size=12")
     assert shown.code == 0
     assert "05-export" in shown.out
     assert files(converted) == before
@@ -85,9 +85,9 @@ def test_plan_writes_nothing_and_says_what_is_kept(
 
 
 def test_plan_lists_every_mistake(dynaconv: Callable, tmp_path: Path) -> None:
-    ran = dynaconv("plan", tmp_path / "absent", "block=3", "blocks=99", "stages=carve,profile", "data=/not/there")
+    ran = dynaconv("plan", tmp_path / "absent", "block=3", "block_size=0", "stages=carve,profile", "data=/not/there")
     assert ran.code == 2
-    for part in ("'block'", "blocks is 99", "carve needs statistics", "no such folder", "4 mistakes"):
+    for part in ("'block'", "block_size is 0", "carve needs statistics", "no such folder", "4 mistakes"):
         assert part in ran.err
     as_json = dynaconv("plan", tmp_path / "absent", "block=3", "--json")
     assert (as_json.code, as_json.err) == (2, "")
@@ -114,9 +114,9 @@ def test_one_stage_at_a_time(dynaconv: Callable, converted: Path, tmp_path: Path
     assert states == {**dict.fromkeys(STAGES, "done"), "export": "stale"}
     assert [row["budget"] for row in json.loads(dynaconv("dial-k", run, "--json").out)["frontier"]] == [0.5, 1.0]
     assert dynaconv("export", run, "--redo").code == 0
-    wrong = dynaconv("carve", run, "blocks=2")
+    wrong = dynaconv("carve", run, "block_size=48")
     assert wrong.code == 3
-    assert "blocks: 4 -> 2" in wrong.err, "profile was made for four blocks"
+    assert "block_size: 24 -> 48" in wrong.err, "profile was made for blocks of 24"
 
 
 def test_a_stage_without_a_run(dynaconv: Callable, tmp_path: Path) -> None:

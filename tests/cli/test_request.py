@@ -30,25 +30,25 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def shown(asked: Request) -> tuple[str, str, int]:
-    return asked.config.source, asked.run.as_posix(), asked.config.blocks
+def shown(asked: Request) -> tuple[str, str, int | None]:
+    return asked.config.source, asked.run.as_posix(), asked.config.block_size
 
 
 def test_nothing_given_means_the_embedded_default() -> None:
-    assert shown(request(None)) == ("", "runs/embedded-routed", 64)
+    assert shown(request(None)) == ("", "runs/embedded-routed", None)
 
 
 def test_a_run_is_named_after_its_source_and_recipe(tmp_path: Path) -> None:
     (tmp_path / "my model").mkdir()
-    assert shown(request("my model", recipe="smoke")) == (str(tmp_path / "my model"), "runs/my-model-smoke", 64)
-    assert shown(request("org/some-model")) == ("org/some-model", "runs/some-model-routed", 64)
-    assert shown(request(".", out=Path("x"))) == (str(tmp_path), "x", 64)
+    assert shown(request("my model", recipe="smoke")) == (str(tmp_path / "my model"), "runs/my-model-smoke", None)
+    assert shown(request("org/some-model")) == ("org/some-model", "runs/some-model-routed", None)
+    assert shown(request(".", out=Path("x"))) == (str(tmp_path), "x", None)
 
 
 def test_an_override_may_come_first() -> None:
-    assert shown(request("blocks=4")) == ("", "runs/embedded-routed", 4)
-    assert shown(request("blocks=4", ["seed=1"])).count(4) == 1
-    assert shown(request(None, ["source=org/model"])) == ("org/model", "runs/model-routed", 64)
+    assert shown(request("block_size=4")) == ("", "runs/embedded-routed", 4)
+    assert shown(request("block_size=4", ["seed=1"])).count(4) == 1
+    assert shown(request(None, ["source=org/model"])) == ("org/model", "runs/model-routed", None)
 
 
 def test_a_folder_with_an_equals_sign_is_a_source(tmp_path: Path) -> None:
@@ -61,17 +61,17 @@ def test_two_sources_are_one_too_many() -> None:
 
 
 def test_a_run_goes_on_with_its_own_recipe(tmp_path: Path) -> None:
-    run = begun(tmp_path / "runs" / "mine", blocks=4, source="org/model")
+    run = begun(tmp_path / "runs" / "mine", block_size=4, source="org/model")
     for asked in (request(str(run)), request(None, out=run), request(str(run), out=run), request_of(run)):
         assert shown(asked) == ("org/model", str(run), 4)
-    assert shown(request(str(run), ["blocks=16"])) == ("org/model", str(run), 16)
+    assert shown(request(str(run), ["block_size=16"])) == ("org/model", str(run), 16)
     assert request(str(run)).config.finetune == compose("smoke").finetune
 
 
 def test_a_run_may_go_on_with_another_recipe(tmp_path: Path) -> None:
-    run = begun(tmp_path / "mine", blocks=4, source="org/model")
+    run = begun(tmp_path / "mine", block_size=4, source="org/model")
     asked = request(None, recipe="nested-uniform", out=run)
-    assert shown(asked) == ("org/model", str(run), 8)
+    assert (shown(asked), asked.config.blocks) == (("org/model", str(run), None), 8)
     assert asked.config.finetune.router == "uniform"
 
 
@@ -88,9 +88,9 @@ def test_a_stage_needs_a_run_or_a_source(tmp_path: Path) -> None:
 
 
 def test_mistakes_of_every_kind_come_together() -> None:
-    asked = request("org/model", ["block=3", "blocks=99", "stages=carve,profile,polish", "seed=x"])
+    asked = request("org/model", ["block=3", "block_size=0", "stages=carve,profile,polish", "seed=x"])
     told = "\n".join(asked.problems(until="calibrate", redo="nope"))
-    for part in ("'block'", "blocks is 99", "seed is 'x'", "'polish'", "--until calibrate", "--redo nope"):
+    for part in ("'block'", "block_size is 0", "seed is 'x'", "'polish'", "--until calibrate", "--redo nope"):
         assert part in told
     with pytest.raises(ConfigError, match="mistakes in the configuration"):
         asked.check(until="calibrate")

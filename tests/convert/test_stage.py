@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from dynaconv.pipeline.stage import StageContext
 from dynaconv.progress import Progress
 
 Make = Callable[..., Path]
+NESTED = RunConfig(experts="nested", blocks=4)
 
 
 def context_of(tmp_path: Path, dense: Path, statistics: Path, config: RunConfig) -> StageContext:
@@ -34,9 +36,9 @@ def context_of(tmp_path: Path, dense: Path, statistics: Path, config: RunConfig)
 
 
 def carve(
-    tmp_path: Path, dense: Path, statistics: Path, *, blocks: int = 4, experts: str = "nested", **carve: Any
+    tmp_path: Path, dense: Path, statistics: Path, config: RunConfig = NESTED, **carve: Any
 ) -> tuple[Path, dict[str, Any]]:
-    config = RunConfig(experts=experts, blocks=blocks, carve=CarveConfig(**carve))
+    config = replace(config, carve=CarveConfig(**carve))
     context = context_of(tmp_path, dense, statistics, config)
     metrics = CarveStage().run(context)
     assert list(context.work.iterdir()) == []
@@ -82,8 +84,9 @@ def test_scores_of_routed_blocks_are_the_ridge_solution_less_the_layers_mean(
     tmp_path: Path, tiny_checkpoint: Make
 ) -> None:
     source = tiny_checkpoint()
-    statistics = fake_statistics(tmp_path / "statistics", source, blocks=8, experts="routed")
-    folder, _ = carve(tmp_path, source, statistics, blocks=8, experts="routed")
+    config = RunConfig(experts="routed", block_size=12)
+    statistics = fake_statistics(tmp_path / "statistics", source, config)
+    folder, _ = carve(tmp_path, source, statistics, config)
     layout, routers = Layout.load(folder), read_tensors(folder / "dynaconv.safetensors")
     assert (layout.router.kind, layout.router.linear, layout.routed) == ("blocks", True, True)
     known = read_tensors(statistics / "statistics.safetensors")
@@ -111,14 +114,16 @@ def test_metrics_count_what_happened(tmp_path: Path, tiny_checkpoint: Make) -> N
     assert metrics == {
         "layers": 2,
         "blocks": 4,
-        "edges": [0, 32, 48, 80, 96],
+        "block_size": 32,
         "neurons_moved": 4,
         "importance_of_first_half": pytest.approx(0.75),
     }
     json.dumps(metrics)
 
 
-@pytest.mark.parametrize("change", [{"blocks": 8}, {"layers": 3}, {"edges": [0, 24, 48, 72, 96]}])
+@pytest.mark.parametrize(
+    "change", [{"schema": 1}, {"experts": "routed"}, {"layers": 3}, {"partition": {"edges": [0, 24, 48, 72, 96]}}]
+)
 def test_statistics_of_something_else_are_stale(tmp_path: Path, tiny_checkpoint: Make, change: dict[str, Any]) -> None:
     dense = tiny_checkpoint()
     statistics = fake_statistics(tmp_path / "statistics", dense)

@@ -13,6 +13,7 @@ from dynaconv.data.windows import (
     PaddedWindows,
     Windows,
     evaluation_batches,
+    scored_tokens,
     training_batch,
 )
 from dynaconv.ranks import Ranks
@@ -145,3 +146,17 @@ def test_ranks_see_every_window_once_an_epoch_and_resume_where_they_were(
     assert all(torch.equal(a, b) for a, b in zip(resumed, seen[-1], strict=True))
     alone = training_batch(again, steps - 1, size, seed).input_ids
     assert torch.equal(torch.cat(resumed), alone)
+
+
+def test_scored_tokens_are_real_and_their_successors_are_to_be_predicted() -> None:
+    ids = torch.arange(12).view(3, 4)
+    real = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 1, 1]]).bool()
+    answers = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 0], [1, 1, 0, 1]]).bool()
+    assert scored_tokens(Batch(ids)).int().tolist() == [[1, 1, 1, 0]] * 3
+    assert scored_tokens(Batch(ids, real)).int().tolist() == [[1, 1, 1, 0], [1, 0, 0, 0], [0, 1, 1, 0]]
+    assert scored_tokens(Batch(ids, None, answers)).int().tolist() == [[0, 1, 1, 0], [1, 0, 0, 0], [1, 0, 1, 0]]
+    batch = Batch(ids, real, answers & real)
+    assert scored_tokens(batch).int().tolist() == [[0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 1, 0]]
+    for each in (Batch(ids), Batch(ids, real), batch):
+        assert torch.equal(each.predicted, scored_tokens(each)[:, :-1])
+        assert torch.equal(each.labels[:, 1:] != IGNORED, each.predicted), "what the model itself would score"

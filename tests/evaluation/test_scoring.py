@@ -79,7 +79,7 @@ def test_baselines_spend_what_they_should(tiny_checkpoint: Maker) -> None:
 
 
 def test_oracle_knows_the_curve_and_leaves_no_trace(tiny_checkpoint: Maker) -> None:
-    from dynaconv.dynamic.curves import relative_errors
+    from dynaconv.profile.curves import relative_errors
 
     model = dynamic_model(tiny_checkpoint(), "curve")
     names = sorted(model.state_dict())

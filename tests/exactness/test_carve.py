@@ -26,10 +26,11 @@ import dynaconv
 from dynaconv import Dial
 from dynaconv.arch.registry import known_families
 from dynaconv.artifacts.tensors import CheckpointReader, read_tensors
-from dynaconv.config import CarveConfig, RunConfig
+from dynaconv.config import CarveConfig, DataConfig, ProfileConfig, RunConfig
 from dynaconv.convert.stage import CarveStage
 from dynaconv.dynamic.layout import Layout
-from dynaconv.pipeline.stage import StageContext
+from dynaconv.pipeline.stage import Stage, StageContext
+from dynaconv.profile.stage import ProfileStage
 from dynaconv.progress import Progress
 
 BLOCKS = 5
@@ -71,13 +72,14 @@ SHAPES = [
 
 
 def carve(tmp_path: Path, dense: Path) -> Path:
-    folder, work = tmp_path / "carved", tmp_path / "work"
-    folder.mkdir(parents=True)
-    work.mkdir()
-    inputs = {"dense": dense, "statistics": fake_statistics(tmp_path / "statistics", dense, blocks=BLOCKS)}
     config = RunConfig(experts="nested", blocks=BLOCKS, carve=CarveConfig(shard_bytes=150_000))
-    progress = Progress(quiet=True)
-    CarveStage().run(StageContext(config, inputs, folder, work, progress, logging.getLogger("test")))
+    statistics = fake_statistics(tmp_path / "statistics", dense, config)
+    return run(CarveStage(), config, {"dense": dense, "statistics": statistics}, tmp_path / "carved")
+
+
+def run(stage: Stage, config: RunConfig, inputs: dict[str, Path], folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    stage.run(StageContext(config, inputs, folder, folder, Progress(quiet=True), logging.getLogger("test")))
     return folder
 
 
@@ -151,3 +153,50 @@ def test_carving_twice_gives_the_same_bytes(tmp_path: Path, tiny_checkpoint: Cal
     names = sorted(path.name for path in first.iterdir())
     assert names == sorted(path.name for path in second.iterdir())
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize(
+    ("width", "block_size"), [(144, None), (67, None), (100, None), (9, None), (144, 16), (67, 1), (100, 100)]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_width_of_every_family_is_profiled_and_carved_at_any_grain(
+    tmp_path: Path,
+    tiny_checkpoint: Callable[..., Path],
+    text_file: Path,
+    family: str,
+    width: int,
+    block_size: int | None,
+) -> None:
+    """The default recipe's blocks, and the smallest and largest: a permutation of the parent, and a router each."""
+    from transformers import AutoModelForCausalLM
+
+    size = block_size or min(16, width)
+    config = RunConfig(
+        block_size=block_size,
+        data=DataConfig(train=[str(text_file)], sequence_length=32),
+        profile=ProfileConfig(tokens=512, batch_size=4),
+    )
+    dense = tiny_checkpoint(family, ffn=width)
+    plans = [stage.estimate(config, dense) for stage in (ProfileStage(), CarveStage())]
+    assert all(f"2 FFNs of {width} neurons in {-(-width // size)} block" in plan.notes[0] for plan in plans)
+    statistics = run(ProfileStage(), config, {"dense": dense}, tmp_path / "statistics")
+    folder = run(CarveStage(), config, {"dense": dense, "statistics": statistics}, tmp_path / "carved")
+
+    blocks = -(-width // size)
+    edges = Layout.load(folder).edges
+    assert (len(edges) - 1, edges[-1]) == (blocks, width)
+    assert {stop - start for start, stop in pairwise(edges[:-1])} <= {size}
+    orders, routers = read_tensors(statistics / "statistics.safetensors"), read_tensors(folder / "dynaconv.safetensors")
+    before, after = CheckpointReader(dense), CheckpointReader(folder)
+    for layer in range(2):
+        order = orders[f"layers.{layer}.order"]
+        assert torch.equal(order.sort().values, torch.arange(width))
+        assert torch.equal(neurons(after, family, layer), neurons(before, family, layer)[order])
+        assert routers[f"layers.{layer}.router.linear.weight"].shape == (blocks, 64)
+        assert all(
+            bool(routers[f"layers.{layer}.router.linear.{name}"].isfinite().all()) for name in ("weight", "bias")
+        )
+    tokens = torch.randint(0, 257, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected, found = (AutoModelForCausalLM.from_pretrained(each)(tokens).logits for each in (dense, folder))
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()

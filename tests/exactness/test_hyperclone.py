@@ -185,7 +185,9 @@ def test_carving_before_or_after_stays_exact(family: str) -> None:
 
 def carve(dense: Path) -> Path:
     """``dense`` with its neurons in a random order and cut into blocks, as the stage does it."""
-    statistics = fake_statistics(dense.with_name(f"{dense.name}-statistics"), dense, blocks=3)
+    statistics = fake_statistics(
+        dense.with_name(f"{dense.name}-statistics"), dense, RunConfig(experts="nested", blocks=3)
+    )
     folder, work = (dense.with_name(f"{dense.name}-{name}") for name in ("carved", "work"))
     folder.mkdir()
     work.mkdir()

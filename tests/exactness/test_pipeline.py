@@ -79,7 +79,7 @@ def test_routed_experts_are_the_parent_and_have_a_dial(
 ) -> None:
     source = tiny_checkpoint(family, ffn=96)
     config = tiny_config(source, documents_file(tmp_path, text_file), check=True)
-    config.experts, config.blocks, config.finetune.uniform_share = "routed", 16, 0.25
+    config.experts, config.blocks, config.block_size, config.finetune.uniform_share = "routed", None, 6, 0.25
     carved = convert(config, tmp_path / "run", until="carve")[-1].folder
     folder = convert(config, tmp_path / "tuned")[-1].folder
     parent = AutoModelForCausalLM.from_pretrained(source).eval()

@@ -21,7 +21,7 @@ def gathered(kind: str, part: slice):
         sums = ActivationMean(NEURONS)
         sums.add(hidden[part])
     elif kind == "curves":
-        sums = CurveStatistics(BLOCKS)
+        sums = CurveStatistics(BLOCKS + 1)
         sums.add(errors[part])
     else:
         sums = RidgeStatistics(WIDTH, BLOCKS)
@@ -61,7 +61,7 @@ def test_activation_is_the_mean_of_absolute_values() -> None:
 
 def test_curve_mean_and_quantiles() -> None:
     errors = random_errors()
-    curves = CurveStatistics(BLOCKS)
+    curves = CurveStatistics(BLOCKS + 1)
     for part in errors.split(300):
         curves.add(part)
     torch.testing.assert_close(curves.mean(), errors.mean(0))
@@ -73,7 +73,7 @@ def test_curve_mean_and_quantiles() -> None:
 
 
 def test_one_block_has_only_the_ends() -> None:
-    curves = CurveStatistics(1)
+    curves = CurveStatistics(2)
     curves.add(torch.tensor([[1.0, 0.0]] * 3))
     assert curves.mean().tolist() == [1.0, 0.0]
     assert curves.quantiles().tolist() == [[1.0, 0.0]] * 3

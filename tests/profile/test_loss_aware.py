@@ -52,7 +52,7 @@ def test_weights_equal_autograd_by_hand(family, settings, tokens, tiny_checkpoin
     torch.manual_seed(2)
     ids = torch.randint(0, 257, (4, 15))
     right = torch.arange(15) < torch.tensor([15, 6, 15, 3])[:, None]
-    text = [Batch(ids, right), Batch(ids.flip(0))]
+    text = [Batch(ids, right), Batch(ids.flip(0), None, (torch.arange(15) % 5 > 1).expand(4, 15))]  # and a conversation
     sample = Sample.of(text, 0.75)  # the second batch counts in part
     stream = LayerStream(Checkpoint.open(folder), CPU)
     seen: list[int] = []

@@ -8,17 +8,17 @@ import torch
 from tiny_families import FAMILIES
 from transformers import AutoModelForCausalLM
 
-from dynaconv.arch.blocks import block_edges
+from dynaconv.arch.blocks import nested_partition, routed_partition
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.data.windows import Batch
-from dynaconv.dynamic.curves import log_errors, log_norms, relative_errors
 from dynaconv.profile.accumulators import LOWEST
 from dynaconv.profile.clusters import expert_order
-from dynaconv.profile.measure import Sample, Tap, measure_layer, ranking
+from dynaconv.profile.curves import log_errors, log_norms, relative_errors
+from dynaconv.profile.measure import Sample, capture_ffn, measure_layer, ranking
 from dynaconv.profile.streaming import LayerStream
 
 CPU = torch.device("cpu")
-EDGES = block_edges(96, 4)
+NESTED, ROUTED = nested_partition(96, 4), routed_partition(96, 24)
 
 
 def measured(
@@ -33,7 +33,7 @@ def measured(
             hidden,
             sample,
             order=order,
-            edges=block_edges(96, 4, experts),
+            partition=ROUTED if experts == "routed" else NESTED,
             experts=experts,
             weights=None if weights is None else weights[i],
         )
@@ -51,9 +51,9 @@ def by_hooks(folder, text: list[Batch]) -> list[tuple[torch.Tensor, torch.Tensor
         real = torch.ones_like(batch.input_ids).bool() if batch.attention_mask is None else batch.attention_mask
         real = real.flatten()
         for i, parts in enumerate(seen):
-            with Tap.on(stock.get_submodule(spec.path.format(layer=i)), spec) as tap, torch.no_grad():
+            with capture_ffn(stock.get_submodule(spec.path.format(layer=i)), spec) as seen_ffn, torch.no_grad():
                 stock(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-            parts.append((tap.x[real], tap.hidden[real]))
+            parts.append(tuple(seen_ffn.inputs[name].flatten(0, -2)[real] for name in ("x", "hidden")))
     return [tuple(torch.cat(parts) for parts in zip(*layer, strict=True)) for layer in seen]
 
 
@@ -90,7 +90,7 @@ def test_statistics_equal_what_hooks_on_the_stock_model_see(family: str, tiny_ch
         torch.testing.assert_close(found["importance"], h.abs().mean(0) * down.norm(dim=0), rtol=1e-5, atol=1e-6)
         assert torch.equal(found["order"], found["importance"].argsort(descending=True, stable=True))
         x, h = x[predicts], h[predicts]
-        errors = relative_errors(h, down, EDGES, found["order"])
+        errors = relative_errors(h, down, NESTED.edges, found["order"])
         features = torch.cat([x, torch.ones(len(x), 1)], 1)
         torch.testing.assert_close(found["curve_mean"], errors.mean(0), rtol=1e-5, atol=1e-6)
         close = {"rtol": 1e-4, "atol": 1e-3}
@@ -104,7 +104,7 @@ def test_statistics_equal_what_hooks_on_the_stock_model_see(family: str, tiny_ch
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_statistics_of_experts_equal_what_hooks_see(family: str, tiny_checkpoint) -> None:
-    folder, edges = tiny_checkpoint(family), block_edges(96, 4, "routed")
+    folder, edges = tiny_checkpoint(family), ROUTED.edges
     text = [padded(documents()[:4]), padded(documents()[4:])]
     sample = Sample.of(text, 1.0)
     predicts = torch.cat([mask[batch.attention_mask] for mask, batch in zip(sample.curve_masks, text, strict=True)])
@@ -114,7 +114,7 @@ def test_statistics_of_experts_equal_what_hooks_see(family: str, tiny_checkpoint
     for found, (x, h), down in by_layer:
         sizes = down.norm(dim=0)
         features = (h.abs() * sizes).t()  # there are fewer tokens than are sampled
-        assert torch.equal(found["order"], expert_order(features, h.abs().mean(0) * sizes, 4))
+        assert torch.equal(found["order"], expert_order(features, h.abs().mean(0) * sizes, ROUTED))
         x, h, down = x[predicts], h[predicts][:, found["order"]], down[:, found["order"]]
         added = torch.stack([h[:, a:b] @ down[:, a:b].T for a, b in pairwise(edges)], 1)
         targets = log_norms(added.norm(dim=-1))
@@ -163,7 +163,7 @@ def test_weights_shift_the_regression_target_only(tiny_checkpoint) -> None:
     plain, weighted = measured(folder, sample), measured(folder, sample, weights=weights)
     for layer, (one, other) in enumerate(zip(plain, weighted, strict=True)):
         shift = other["feature_target"] - one["feature_target"]
-        bias = weights[layer].log().sum().expand(len(EDGES) - 1)  # the row of the constant feature
+        bias = weights[layer].log().sum().expand(NESTED.blocks)  # the row of the constant feature
         torch.testing.assert_close(shift[-1], bias, rtol=1e-4, atol=1e-3)
         for name in one.keys() - {"feature_target"}:
             assert torch.equal(one[name], other[name])
@@ -178,13 +178,13 @@ def test_ordering_pays_on_a_real_model(shared) -> None:
         pytest.skip("no ../shared/models/base-code-4m")
     text = (shared / "data" / "python-valid.txt").read_text(encoding="utf-8")[:20_000]
     ids = torch.tensor(load_tokenizer(folder)(text, verbose=False)["input_ids"])[: 16 * 256]
-    sample, edges = Sample.of([Batch(ids.view(16, 256))], 0.5), block_edges(1024, 8)
+    sample, partition = Sample.of([Batch(ids.view(16, 256))], 0.5), nested_partition(1024, 8)
     half = {}
     for order in ("importance", "none"):
         stream = LayerStream(Checkpoint.open(folder), CPU)
         hidden = stream.embed(sample.batches)
         curves = [
-            measure_layer(stream, i, hidden, sample, order=order, edges=edges)["curve_mean"]
+            measure_layer(stream, i, hidden, sample, order=order, partition=partition)["curve_mean"]
             for i in range(stream.checkpoint.layers)
         ]
         half[order] = float(torch.stack(curves)[:, 4].mean())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynaconv.arch.blocks import block_edges
+from dynaconv.arch.blocks import nested_partition
 from dynaconv.artifacts.files import sha256
 from dynaconv.artifacts.tensors import read_tensors
 from dynaconv.config import DataConfig, ProfileConfig, RunConfig
@@ -36,11 +36,11 @@ def test_statistics_as_promised(loss_aware: bool, tiny_checkpoint, text_file: Pa
     metrics = run(config, tiny_checkpoint(), tmp_path / "out")
     summary = json.loads((tmp_path / "out" / "statistics.json").read_text())
     tensors = read_tensors(tmp_path / "out" / "statistics.safetensors")
-    blocks, neurons, width, edges = 4, 96, 64, block_edges(96, 4)
+    blocks, neurons, width = 4, 96, 64
     assert summary["tokens"] == metrics["tokens"] == 2048
     assert summary["curve_tokens"] == 2048 // 4 // 64 * 63  # the last token of a window predicts nothing
     assert metrics["curve_share"] == pytest.approx(summary["curve_tokens"] / 2048)
-    assert (summary["blocks"], summary["layers"], summary["edges"]) == (blocks, 2, list(edges))
+    assert (summary["layers"], summary["partition"]) == (2, nested_partition(96, 4).to_json())
     assert (summary["order"], summary["loss_aware"], summary["seed"]) == ("importance", loss_aware, 0)
     assert summary["loss"] == metrics["loss"]
     assert 4 < summary["loss"] < 12  # a random model over 257 tokens
@@ -105,7 +105,7 @@ def test_documents_of_their_own_are_padded_and_masked(tiny_checkpoint, text_file
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (lambda c: setattr(c, "blocks", 97), ConfigError, "1 to 64"),
+        (lambda c: setattr(c, "blocks", 97), ConfigError, "have 96 neurons"),
         (lambda c: setattr(c.profile, "tokens", 10**9), DataError, "not enough training text"),
         (lambda c: setattr(c.data, "sequence_length", 1024), DataError, "sequences this long"),
     ],

@@ -11,7 +11,7 @@ from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.data.windows import Batch
 from dynaconv.errors import CheckpointError
 from dynaconv.profile import streaming
-from dynaconv.profile.streaming import LayerStream, predicting
+from dynaconv.profile.streaming import LayerStream
 
 CPU = torch.device("cpu")
 VARIANTS = [
@@ -75,7 +75,7 @@ def test_streaming_equals_the_stock_model(family: str, settings, tiny_checkpoint
             for own, other in zip(trail[:-1], output.hidden_states[:-1], strict=True):  # the last one is normalised
                 torch.testing.assert_close(own[real], other[real], **TOLERANCE)
             torch.testing.assert_close(logits_of(stream, trail[-1][real]), output.logits[real], **TOLERANCE)
-            known = predicting(batch)[:, :-1]
+            known = batch.predicted
             nats = torch.nn.functional.cross_entropy(
                 output.logits[:, :-1][known], batch.input_ids[:, 1:][known], reduction="sum"
             )
@@ -164,10 +164,3 @@ def test_nan_names_the_weight(name: str, tiny_checkpoint) -> None:
         stream = LayerStream(Checkpoint.open(folder), CPU)
         text = [Batch(torch.arange(20)[None])]  # token 0 too: other rows of the embedding are not read
         stream.loss([trail[-1] for trail in streamed(stream, text)], text)
-
-
-def test_predicting_tokens_have_a_real_successor() -> None:
-    mask = torch.tensor([[True, True, True, True], [True, True, False, False], [False, True, True, True]])
-    batch = Batch(torch.zeros(3, 4, dtype=torch.int64), mask)
-    assert predicting(batch).int().tolist() == [[1, 1, 1, 0], [1, 0, 0, 0], [0, 1, 1, 0]]
-    assert predicting(Batch(batch.input_ids)).int().tolist() == [[1, 1, 1, 0]] * 3

@@ -5,19 +5,25 @@ bias left out of both), a token's curve is r_n = ||y_n - y|| / ||y||: r_0 = 1 an
 DynaMoE (arXiv 2502.12325), whose label is the class :func:`width_by_error` or :func:`width_by_cosine` reads off the
 curve; regressing the curve itself follows D2DMoE (arXiv 2310.04361).
 
+Of routed experts a curve says what is lost where only the n blocks that add most to the token are kept.
+
 Shapes: M tokens, D residual width, F neurons, N blocks. Every function is pure and takes no gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional
 from torch.nn.functional import linear
 
-PARTS = 2**22  # numbers of what blocks add, by token, block and channel, that are held at once
+from dynaconv.kernels.partition import Partition
+
+PARTS = 2**22  # elements of the down projection that are factored at once
+ALL_WIDTHS = 8  # blocks of routed experts up to which every width is measured
+QUARTERS = 4
 FLOOR = 1e-4  # errors and weights below this are told apart by nobody, and their logarithm would rule a regression
 
 
@@ -93,37 +99,95 @@ def agreements(
     return Agreement(_relative(norms, size), cosines.clamp_(-1.0, 1.0))
 
 
-class Contribution(NamedTuple):
-    """What each block adds to a token's output.
+class BlockNorms:
+    """The norm of what each block of routed experts adds to a token's output, ||D_n h_n||.
 
-    Attributes:
-        norms: ``(M, N)`` float32, the norm of it.
-        errors: ``(M, N + 1)`` float32, relative error of keeping only the n blocks of the largest norms, n = 0..N.
+    With D_n = Q_n R_n, Q_n orthonormal, it is ||R_n h_n||: F x block_size products a token in place of F x D, as with
+    the Gram matrix R_n^T R_n, but without squaring, so that small norms keep the accuracy of float32.
+
+    Args:
+        down: ``(D, F)``.
+        partition: The blocks.
     """
 
-    norms: torch.Tensor
-    errors: torch.Tensor
+    def __init__(self, down: torch.Tensor, partition: Partition) -> None:
+        self._partition = partition
+        self._groups: list[tuple[slice, slice, torch.Tensor]] = []  # blocks, their neurons, ``(n, R, size)`` factors
+        for first, stop in _runs_of_one_size(partition.sizes):
+            start, end, size = partition.edges[first], partition.edges[stop], partition.sizes[first]
+            self._groups.append((slice(first, stop), slice(start, end), _factors(down[:, start:end], size)))
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Activations ``(M, F)`` to norms ``(M, N)`` float32."""
+        norms = hidden.new_empty((len(hidden), self._partition.blocks), dtype=torch.float32)
+        for blocks, neurons, factors in self._groups:
+            h = hidden[:, neurons].float()
+            if factors.shape[1:] == (1, 1):
+                torch.mul(h.abs(), factors.flatten().abs(), out=norms[:, blocks])
+            else:
+                parts = torch.einsum("mnb,nrb->nmr", h.unflatten(1, (-1, factors.shape[2])), factors)
+                norms[:, blocks] = torch.linalg.vector_norm(parts, dim=-1).T
+        return norms
+
+
+def _runs_of_one_size(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """First block, and the one behind the last, of each longest run of adjacent blocks of one size."""
+    first = 0
+    for _, run in itertools.groupby(sizes):
+        stop = first + len(list(run))
+        yield first, stop
+        first = stop
+
+
+def _factors(down: torch.Tensor, size: int) -> torch.Tensor:
+    """R of every block of ``size`` neurons of ``down`` (D, n size): ``(n, R, size)`` float32, R at most D."""
+    stacks = down.unflatten(1, (-1, size)).transpose(0, 1)  # (n, D, size), a view
+    if size == 1:
+        return torch.linalg.vector_norm(stacks, dim=1, keepdim=True, dtype=torch.float32)
+    if size >= down.shape[0]:
+        return stacks.float()
+    at_once = max(1, PARTS // (size * down.shape[0]))
+    return torch.cat([torch.linalg.qr(piece.float(), mode="r").R for piece in torch.split(stacks, at_once)])
 
 
 @torch.no_grad()
-def contributions(hidden: torch.Tensor, down: torch.Tensor, edges: Sequence[int]) -> Contribution:
-    """What each block of routed experts adds, and what is lost where only those that add most are kept.
+def best_block_errors(
+    hidden: torch.Tensor, down: torch.Tensor, partition: Partition, norms: torch.Tensor, widths: Sequence[int]
+) -> torch.Tensor:
+    """Relative error of keeping only the n blocks that add most to each token, one down projection a width.
 
     Args:
         hidden: ``(M, F)``.
         down: ``(D, F)``.
-        edges: N + 1 neuron positions.
+        partition: The blocks.
+        norms: ``(M, N)``, what each block adds (:class:`BlockNorms`); among equals, earlier blocks come first.
+        widths: n, ascending from 0 to N.
+
+    Returns:
+        ``(M, len(widths))`` float32.
     """
-    blocks, norms, errors = len(edges) - 1, [], []
-    for rows in torch.split(hidden, max(1, PARTS // (blocks * down.shape[0]))):
-        parts = torch.stack([_block_output(rows, down, edges, block, None).float() for block in range(blocks)], 1)
-        size = torch.linalg.vector_norm(parts, dim=-1)  # (rows, N)
-        falling = size.argsort(dim=1, descending=True, stable=True)
-        parts = parts.gather(1, falling[..., None].expand_as(parts))
-        lacking = torch.linalg.vector_norm(parts.flip(1).cumsum_(1), dim=-1).flip(1)  # without the first 0..N-1
-        norms.append(size)
-        errors.append(_relative(functional.pad(lacking, (0, 1)), lacking[:, :1]))
-    return Contribution(torch.cat(norms), torch.cat(errors))
+    order = norms.argsort(dim=1, descending=True, stable=True)
+    place = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
+    full = torch.linalg.vector_norm(linear(hidden, down).float(), dim=-1, keepdim=True)
+    errors = full.expand(-1, len(widths)).clone()
+    for column, width in enumerate(widths[1:-1], 1):
+        lacking = hidden * partition.spread((place >= width).to(hidden.dtype))
+        errors[:, column] = torch.linalg.vector_norm(linear(lacking, down).float(), dim=-1)
+    return _relative(errors, full)
+
+
+def curve_widths(partition: Partition, experts: str) -> tuple[int, ...]:
+    """Widths that the error curve is measured at, from 0 to N.
+
+    All of nested experts, which share the work, and where there are at most 8 blocks; else the quarters: each width of
+    routed experts costs a down projection of its own, and the whole should cost no more than the FFN.
+    """
+    blocks = partition.blocks
+    if experts == "nested" or blocks <= ALL_WIDTHS:
+        return tuple(range(blocks + 1))
+    return tuple(round(quarter * blocks / QUARTERS) for quarter in range(QUARTERS + 1))
 
 
 def log_norms(norms: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -131,7 +195,7 @@ def log_norms(norms: torch.Tensor, weights: torch.Tensor | None = None) -> torch
 
     Args:
         norms: ``(M, N)``.
-        weights: ``(M,)``, what the loss feels of the token's output (mean 1 over tokens and layers), or ``None`` for 1.
+        weights: ``(M,)``, sensitivity of the loss to the token's output (mean 1 over tokens and layers); ``None`` is 1.
 
     Returns:
         ``(M, N)`` float32. Norms are cut off below at :data:`FLOOR` of the token's largest.
@@ -158,7 +222,7 @@ def log_errors(errors: torch.Tensor, weights: torch.Tensor | None = None) -> tor
 
     Args:
         errors: ``(M, N + 1)``, r_n.
-        weights: ``(M,)``, what the loss feels of an error (mean 1 over tokens and layers), or ``None`` for 1.
+        weights: ``(M,)``, sensitivity of the loss to an error (mean 1 over tokens and layers), or ``None`` for 1.
 
     Returns:
         ``(M, N)`` float32, log t_n with t_n = r_n times the weight. Column 0 is the logarithm of the weight.

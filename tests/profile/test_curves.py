@@ -8,11 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynaconv.dynamic import curves
-from dynaconv.dynamic.curves import (
+from dynaconv.kernels.partition import Partition
+from dynaconv.profile import curves
+from dynaconv.profile.curves import (
     FLOOR,
+    BlockNorms,
     agreements,
-    contributions,
+    best_block_errors,
+    curve_widths,
     log_errors,
     log_norms,
     relative_errors,
@@ -57,23 +60,69 @@ def test_curves_equal_their_definition(case) -> None:
     torch.testing.assert_close(both.cosines.double(), cosines, rtol=1e-3, atol=1e-3)
 
 
+def added_by_blocks(hidden, down, edges):
+    """What each block adds, by its definition in float64: (M, N, D)."""
+    return torch.stack([hidden[:, a:b].double() @ down[:, a:b].double().T for a, b in pairwise(edges)], 1)
+
+
+def of_best_blocks(added, norms, widths):
+    """Relative error of each token's n best blocks, one token and one width at a time."""
+    full, errors = added.sum(1), torch.ones(len(added), len(widths), dtype=torch.float64)
+    for token, order in enumerate(norms.argsort(dim=1, descending=True, stable=True)):
+        for column, width in enumerate(widths):
+            kept = added[token, order[:width]].sum(0)
+            errors[token, column] = (kept - full[token]).norm() / full[token].norm()
+    return errors
+
+
 @settings(max_examples=60, deadline=None)
 @given(cases(), st.integers(1, 400))
-def test_contributions_equal_their_definition(case, parts) -> None:
+def test_what_blocks_add_equals_its_definition(case, parts) -> None:
     hidden, down, edges, _ = case
-    parts_before, curves.PARTS = curves.PARTS, parts  # tokens are taken in pieces
+    partition, widths = Partition.at(edges), range(len(edges))
+    parts_before, curves.PARTS = curves.PARTS, parts  # blocks are factored in pieces
     try:
-        found = contributions(hidden, down, edges)
+        norms = BlockNorms(down, partition)(hidden)
     finally:
         curves.PARTS = parts_before
-    blocks = [hidden[:, a:b].double() @ down[:, a:b].double().T for a, b in pairwise(edges)]
-    added = torch.stack(blocks, 1)
-    torch.testing.assert_close(found.norms.double(), added.norm(dim=-1), rtol=1e-4, atol=1e-4)
-    full = added.sum(1)
-    for token, (order, output) in enumerate(zip(added.norm(dim=-1).argsort(descending=True), full, strict=True)):
-        for n in range(len(edges)):
-            error = float((added[token, order[:n]].sum(0) - output).norm() / output.norm())
-            assert float(found.errors[token, n]) == pytest.approx(error, rel=1e-3, abs=1e-3 * max(1, error))
+    added = added_by_blocks(hidden, down, edges)
+    assert norms.dtype == torch.float32
+    torch.testing.assert_close(norms.double(), added.norm(dim=-1), rtol=1e-4, atol=1e-4)
+    expected = of_best_blocks(added, norms, widths)
+    found = best_block_errors(hidden, down, partition, norms, widths)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3 * max(1.0, float(expected.max())))
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16, 40, 100])
+def test_blocks_of_any_size_are_measured_and_the_last_may_be_smaller(block_size: int) -> None:
+    torch.manual_seed(block_size)
+    hidden, down = torch.randn(9, 100), torch.randn(24, 100)
+    partition = Partition.equal(100, block_size)
+    norms, widths = BlockNorms(down, partition)(hidden), curve_widths(partition, "routed")
+    added = added_by_blocks(hidden, down, partition.edges)
+    torch.testing.assert_close(norms.double(), added.norm(dim=-1), rtol=1e-5, atol=1e-6)
+    found = best_block_errors(hidden, down, partition, norms, widths)
+    torch.testing.assert_close(found.double(), of_best_blocks(added, norms, widths), rtol=1e-4, atol=1e-5)
+    assert bool((found[:, 0] == 1).all()) and bool((found[:, -1] == 0).all())
+
+
+@pytest.mark.parametrize("left", [1e-3, 1e-5])
+def test_neurons_that_cancel_keep_the_accuracy_of_float32(left: float) -> None:
+    """Norms far below those of a block's neurons are as right as those of the sum itself; a Gram matrix loses them."""
+    torch.manual_seed(0)
+    column, rest = torch.randn(200, 1, dtype=torch.float64), torch.randn(200, 1, dtype=torch.float64)
+    down = torch.cat([column, -column + left * rest], 1).float()  # the two neurons of a block all but cancel
+    hidden = torch.ones(4, 2) * torch.rand(4, 1)
+    found = BlockNorms(down, Partition.equal(2, 2))(hidden)[:, 0]
+    exact = (hidden.double() @ down.double().T).norm(dim=-1)
+    assert float(((found - exact) / exact).abs().max()) < 10 * torch.finfo(torch.float32).eps / left
+
+
+def test_curves_of_many_routed_blocks_are_measured_at_few_widths() -> None:
+    assert curve_widths(Partition.equal(8, 1), "routed") == tuple(range(9))
+    assert curve_widths(Partition.equal(14336, 1), "routed") == (0, 3584, 7168, 10752, 14336)
+    assert curve_widths(Partition.equal(100, 9), "routed") == (0, 3, 6, 9, 12)
+    assert curve_widths(Partition.at(range(101)), "nested") == tuple(range(101))
 
 
 def test_what_a_blocks_router_predicts() -> None:
