@@ -39,7 +39,7 @@ def parse(texts: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         given, equals, raw = text.partition("=")
         key = SHORTHANDS.get(given.lstrip("+").strip(), given.lstrip("+").strip())
         if not equals or not key:
-            problems.append(f"{text!r} is not KEY=VALUE, such as blocks=4 or data=my/text.txt")
+            problems.append(f"{text!r} is not KEY=VALUE, such as block_size=32 or data=my/text.txt")
         elif wrong := unknown_key(key):
             problems.append(wrong)
         elif key in values:

@@ -31,7 +31,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="Settings over the recipe's, such as blocks=16; data=PATH|NAME names the text, several with commas.",
+        help="Settings over the recipe's, such as block_size=32; data=PATH|NAME names the text, several with commas.",
         show_default=False,
     ),
 ]

@@ -110,6 +110,7 @@ class BlockNorms:
         partition: The blocks.
     """
 
+    @torch.no_grad()
     def __init__(self, down: torch.Tensor, partition: Partition) -> None:
         self._partition = partition
         self._groups: list[tuple[slice, slice, torch.Tensor]] = []  # blocks, their neurons, ``(n, R, size)`` factors
@@ -117,6 +118,7 @@ class BlockNorms:
             start, end, size = partition.edges[first], partition.edges[stop], partition.sizes[first]
             self._groups.append((slice(first, stop), slice(start, end), _factors(down[:, start:end], size)))
 
+    @torch.no_grad()
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Activations ``(M, F)`` to norms ``(M, N)`` float32."""
         norms = hidden.new_empty((len(hidden), self._partition.blocks), dtype=torch.float32)

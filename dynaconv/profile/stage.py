@@ -89,10 +89,10 @@ class ProfileStage(Stage):
             "tokens": whole.tokens,
             "loss": loss,
             "tokens_per_s": whole.tokens / (time.monotonic() - started),
-            "blocks": partition.blocks,
-            "block_size": max(partition.sizes),
             "half_width_error": half,
             "curve_share": whole.curve_tokens / whole.tokens,
+            "blocks": partition.blocks,
+            "block_size": max(partition.sizes),
         }
 
 
