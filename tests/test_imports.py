@@ -14,7 +14,19 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dynaconv"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Each floor may import from those before it and, within itself, from its own package. The ground floor is one package.
 FLOORS = (
-    {"errors", "version", "memory", "progress", "artifacts", "config", "rules", "overrides", "recipes", "ranks"},
+    {
+        "errors",
+        "version",
+        "memory",
+        "progress",
+        "artifacts",
+        "config",
+        "rules",
+        "overrides",
+        "recipes",
+        "ranks",
+        "threads",
+    },
     {"arch", "data", "kernels"},
     {"dynamic", "pipeline.stage"},
     {"profile"},
