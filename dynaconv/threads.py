@@ -3,7 +3,8 @@
 On free cores more threads are faster, as far as the matrices are large enough to share. Where other programs use the
 cores, all threads wait at the end of every operation for the one that is not running, and two can be ten times slower
 than one. Neither shows in the number of cores, so a little work shaped like the model's is timed with 1, 2, 4, ...
-threads. ``OMP_NUM_THREADS`` or ``MKL_NUM_THREADS`` in the environment settle the number without measuring.
+threads, as many as the load average of the last minute leaves cores free: half a second may be a quiet one.
+``OMP_NUM_THREADS`` or ``MKL_NUM_THREADS`` in the environment settle the number without measuring.
 
 Sums over whole tensors are split by threads, so another number of threads can change the last bits of a result.
 """
@@ -24,6 +25,7 @@ SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 # 64 tokens/s, and makes 2,000 to 3,400 with this; on free cores the speed is the same.
 SPINS = "2000"
 CGROUP = Path("/sys/fs/cgroup")
+IMPORTED = time.monotonic()  # about when this process began
 ROUNDS, TRIAL_SECONDS = 8, 0.02
 GAIN = 1.1  # more threads must be so much faster to be worth the cores they take
 HOPELESS = 3.0  # what is so much slower than the fastest is not timed again
@@ -81,6 +83,16 @@ def usable_cores() -> int:
     return max(1, cores if quota is None else min(cores, math.ceil(quota)))
 
 
+def others_load() -> float:
+    """Threads of other processes that ran or wanted to run, on average over the last minute; 0 where unknown."""
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return 0.0
+    own = time.process_time() / max(60.0, time.monotonic() - IMPORTED)
+    return max(0.0, load - own)
+
+
 def candidates(cores: int) -> list[int]:
     """1, 2, 4, ... and ``cores`` itself."""
     return sorted({1 << power for power in range(cores.bit_length()) if 1 << power <= cores} | {cores})
@@ -107,9 +119,10 @@ def choose(
     cores = max(1, usable_cores() // ranks)
     if before is not None and before <= cores:
         return Choice(before, f"{_words(before)}: as this was begun")
-    counts = candidates(cores)
+    busy = others_load()
+    counts = candidates(max(1, min(cores, round((os.cpu_count() or 1) - busy))))
     if len(counts) == 1:
-        return Choice(1)
+        return Choice(1, f"{_words(1)}: other programs want {busy:.1f} cores" if cores > 1 else "")
     return fastest(measure(counts, seconds or _timer(work())))
 
 

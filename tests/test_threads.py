@@ -26,10 +26,12 @@ Seconds = Callable[[int], float]
 
 @pytest.fixture(autouse=True)
 def unsettled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight cores, and an environment that says nothing."""
+    """Eight cores that nobody else uses, and an environment that says nothing."""
     for name in threads.SETTINGS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(threads, "usable_cores", lambda: 8)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
 
 
 def free(count: int) -> float:
@@ -102,6 +104,38 @@ def test_a_setting_that_makes_no_sense_settles_nothing(value: str, monkeypatch: 
 def test_ranks_share_the_cores() -> None:
     assert choose(seconds=free, ranks=4).count == 2
     assert choose(seconds=lambda count: pytest.fail("nothing to choose from"), ranks=16) == Choice(1)
+
+
+@pytest.mark.parametrize(
+    ("load", "timed"), [(0.4, {1, 2, 4, 8}), (3.0, {1, 2, 4, 5}), (6.2, {1, 2})], ids=["free", "some", "most"]
+)
+def test_no_more_threads_than_cores_are_free(load: float, timed: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "others_load", lambda: load)
+    asked: set[int] = set()
+
+    def seconds(count: int) -> float:
+        asked.add(count)
+        return free(count)
+
+    assert choose(seconds=seconds).count == max(timed)
+    assert asked == timed
+
+
+def test_on_busy_cores_one_thread_is_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "others_load", lambda: 9.25)
+    chosen = choose(seconds=lambda count: pytest.fail("a quiet moment would mislead"))
+    assert chosen == Choice(1, "1 CPU thread: other programs want 9.2 cores")
+
+
+def test_the_load_of_others_is_without_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (3.5, 0.0, 0.0))
+    monkeypatch.setattr("time.process_time", lambda: 100.0)
+    monkeypatch.setattr("time.monotonic", lambda: threads.IMPORTED + 50)
+    assert threads.others_load() == pytest.approx(3.5 - 100 / 60)
+    monkeypatch.setattr("time.monotonic", lambda: threads.IMPORTED + 200)
+    assert threads.others_load() == pytest.approx(3.0)
+    monkeypatch.setattr("time.process_time", lambda: 1000.0)
+    assert threads.others_load() == 0.0
 
 
 def test_what_was_begun_goes_on_with_its_number_while_there_are_the_cores() -> None:

@@ -42,7 +42,7 @@ def default_source(progress: Progress, settings: Pretraining | None = None) -> P
         if not (folder / "config.json").is_file():
             for leftover in folder.parent.glob(f".{folder.name}.*.partial"):
                 shutil.rmtree(leftover, ignore_errors=True)
-            progress.say("no SOURCE given: making the embedded base model, once; about a minute on two free cores")
+            progress.say("no SOURCE given: making the embedded base model, once; about two minutes on free cores")
             pretrain(folder, settings, progress)
     return folder
 
