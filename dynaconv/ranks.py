@@ -159,6 +159,11 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def local_world() -> int:
+    """Processes of this run on this machine."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)) if started_by_launcher() else 1
+
+
 def started_by_launcher() -> bool:
     """Whether this process is one of several that a launcher started."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ

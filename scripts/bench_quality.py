@@ -14,6 +14,7 @@ each writes the result file from all rows that are there.
 from __future__ import annotations
 
 import math
+import os
 import random
 import sysconfig
 import time
@@ -146,6 +147,7 @@ def main(
 ) -> None:
     """Trains, scores, writes the table, draws it."""
     silence_libraries()
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # else every stage chooses by measuring
     torch.set_num_threads(threads)
     text = training_text(runs / "train.txt", exclude.split(","))
     settings = {"model": model.name, "valid": valid.name, "tokens": tokens, "excluded": exclude}

@@ -27,6 +27,7 @@ FLOORS = (
         "recipes",
         "ranks",
         "frontier",
+        "threads",
     },
     {"kernels"},
     {"arch", "data"},

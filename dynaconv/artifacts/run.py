@@ -42,11 +42,13 @@ class MadeFor:
         fingerprint: Of the settings and inputs.
         fields: Those, by dotted name.
         config: The settings, nested as in the recipe.
+        threads: CPU threads it is made with, once they are chosen: another number can change the last bits.
     """
 
     fingerprint: str
     fields: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    threads: int | None = None
 
     @classmethod
     def of(cls, work: Path) -> MadeFor | None:

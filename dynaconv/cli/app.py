@@ -17,6 +17,7 @@ from dynaconv.cli.output import print_error, print_note, say
 from dynaconv.cli.quiet import silence_libraries
 from dynaconv.errors import DynaconvError
 from dynaconv.ranks import leave, started_by_launcher
+from dynaconv.threads import limit_spinning
 from dynaconv.version import __version__
 
 INTERRUPTED = 130
@@ -60,6 +61,7 @@ def dynaconv(
 ) -> None:
     """Turn a dense language-model checkpoint into one with a dial that trades compute for quality."""
     silence_libraries()
+    limit_spinning()
 
 
 app.command("convert")(convert.convert)

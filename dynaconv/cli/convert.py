@@ -161,7 +161,7 @@ def _embedded() -> str:
 
     folder = default_folder()
     if not (folder / "config.json").is_file():
-        hint = "name a SOURCE, or let `dynaconv convert --until profile` make the default, in about a minute"
+        hint = "name a SOURCE, or let `dynaconv convert --until profile` make the default, in about two minutes"
         raise ArtifactError("no SOURCE given, and the embedded default was not made yet", where=folder, hint=hint)
     return str(folder)
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dynaconv.cli.folders import check_weights, model_folder, read_layout, scored_folder
-from dynaconv.cli.output import print_json
+from dynaconv.cli.output import print_json, print_note
 from dynaconv.cli.table import Column, print_table
 from dynaconv.errors import ArtifactError, CheckpointError, ConfigError, QualityError
-from dynaconv.evaluation.perplexity import TOKENS, evaluate_folder
+from dynaconv.evaluation.perplexity import BATCH, TOKENS, evaluate_folder
 
 if TYPE_CHECKING:
     from dynaconv.dynamic.dial import Dial
@@ -45,7 +47,8 @@ def evaluate(
     chosen = chosen_dial(folder, dial)
     check_weights(folder)
     config = compose(overrides=[f"data={data}", *(overrides or [])]).data
-    scores = evaluate_folder(folder, chosen, config, tokens=tokens)
+    with _threads(folder, tokens=min(tokens, BATCH * config.sequence_length), quiet=as_json):
+        scores = evaluate_folder(folder, chosen, config, tokens=tokens)
     if as_json:
         print_json(scores)
     else:
@@ -80,7 +83,7 @@ def generate(
     inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].numel():
         raise ConfigError("the prompt holds no tokens", hint="--prompt with some text")
-    with torch.inference_mode():
+    with _threads(folder, tokens=1), torch.inference_mode():
         loaded.eval().generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
@@ -90,6 +93,17 @@ def generate(
             pad_token_id=tokenizer.eos_token_id,
             streamer=TextStreamer(tokenizer, skip_special_tokens=True),
         )
+
+
+def _threads(folder: Path, *, tokens: int, quiet: bool = False) -> AbstractContextManager[None]:
+    """As many CPU threads as are fastest for ``tokens`` tokens at a time, chosen now and said on stderr."""
+    from dynaconv.pipeline.runner import work_of
+    from dynaconv.threads import choose, using
+
+    choice = choose(lambda: replace(work_of(folder), tokens=tokens))
+    if choice.reason and not quiet:
+        print_note(choice.reason)
+    return using(choice.count)
 
 
 def chosen_dial(folder: Path, text: str | None) -> Dial | None:

@@ -100,6 +100,7 @@ def _clean_process(folder: Path, out: Path, dial: float, ids: list[int], scratch
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     command = [sys.executable, "-P", "-W", "ignore", "-c", _SCRIPT, str(folder.absolute()), str(out), str(dial)]
     done = subprocess.run(

@@ -9,18 +9,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dynaconv.artifacts.files import size_text, storage_errors
+from dynaconv.artifacts.files import size_text, storage_errors, write_json
 from dynaconv.artifacts.fingerprint import HEX_SHOWN, fingerprint
 from dynaconv.artifacts.manifest import StageRecord
-from dynaconv.artifacts.run import MadeFor, Run
+from dynaconv.artifacts.run import WORK_MARK, MadeFor, Run
 from dynaconv.artifacts.source import digest, resolve
 from dynaconv.config import RunConfig
-from dynaconv.errors import ArtifactError, ConfigError, StaleArtifactError
+from dynaconv.errors import ArtifactError, CheckpointError, ConfigError, StaleArtifactError
 from dynaconv.memory import peak_rss_bytes, reset_peak
 from dynaconv.pipeline.lineage import SOURCE, Link, chain
 from dynaconv.pipeline.log import stage_log
@@ -32,7 +32,8 @@ from dynaconv.pipeline.status import status
 from dynaconv.pipeline.together import Order, in_step
 from dynaconv.pipeline.versions import versions
 from dynaconv.progress import Progress
-from dynaconv.ranks import Ranks
+from dynaconv.ranks import Ranks, local_world
+from dynaconv.threads import Work, choose, given, using
 
 __all__ = ["Outcome", "run_pipeline", "run_stage", "status"]
 
@@ -185,6 +186,7 @@ class _Maker:
     progress: Progress
     count: int
     ranks: Ranks | None = None
+    threads: int | None = None  # of the stage before
 
     @property
     def recipe(self) -> str:
@@ -215,11 +217,13 @@ class _Maker:
     def _run(self, link: Link, log: logging.Logger) -> StageRecord:
         """Runs the stage into its staging folder."""
         inputs = {kind: self._folder(maker) for kind, maker in link.inputs.items()}
-        work = self.run.work(link.slot, MadeFor(link.fingerprint, link.fields, link.config))
+        work = self.run.work(link.slot, MadeFor(link.fingerprint, link.fields, link.config, given()))
         staging = self.run.new_staging(link.slot)
         started, began = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
         reset_peak()
-        metrics = self._together(link, StageContext(self.config, inputs, staging, work, self.progress, log))
+        count = self._threads(work, log)
+        with using(count):
+            metrics = self._together(link, StageContext(self.config, inputs, staging, work, self.progress, log), count)
         consumed = {kind: self._consumed(link, kind) for kind in link.inputs}
         return StageRecord(
             id=f"{link.name}-{link.fingerprint[:HEX_SHOWN]}",
@@ -238,12 +242,28 @@ class _Maker:
             peak_rss_bytes=peak_rss_bytes(),
         )
 
-    def _together(self, link: Link, context: StageContext) -> dict[str, Any]:
+    def _threads(self, work: Path, log: logging.Logger) -> int | None:
+        """Chooses how many CPU threads the stage gets, and records it in ``work``; ``None`` leaves torch as it is."""
+        made_for = MadeFor.of(work)
+        before = None if made_for is None else made_for.threads
+        choice = choose(lambda: work_of(self.source), ranks=local_world(), before=before)
+        if choice.reason and choice.count != self.threads:
+            self.progress.say(choice.reason)
+        else:  # as in the stage before: no need to show it again
+            log.info("%s", choice.reason or f"{given()} CPU threads, as the environment says")
+        self.threads = choice.count
+        count = choice.count or given()
+        if made_for is not None and count != before:
+            write_json(work / WORK_MARK, asdict(replace(made_for, threads=count)))
+        return choice.count
+
+    def _together(self, link: Link, context: StageContext, threads: int | None) -> dict[str, Any]:
         """Runs the stage here, and on the other ranks where it wants them."""
         ranks = self.ranks
         if ranks is None or ranks.world == 1 or not link.stage.distributed:
             return link.stage.run(context)
-        ranks.broadcast_object(Order(link.name, self.config, context.inputs, context.folder, context.work))
+        order = Order(link.name, self.config, context.inputs, context.folder, context.work, threads)
+        ranks.broadcast_object(order)
         with in_step(ranks):
             return link.stage.run(replace(context, ranks=ranks))
 
@@ -259,6 +279,17 @@ class _Maker:
             return {"id": f"{SOURCE}-{content[:HEX_SHOWN]}", "fingerprint": content, "content": content}
         content = fingerprint({output.path: output.sha256 for output in record.outputs})
         return {"id": record.id, "fingerprint": record.fingerprint, "content": content}
+
+
+def work_of(source: Path) -> Work:
+    """Sizes of the matrices of a checkpoint; the usual ones where it cannot be read, which its stage will report."""
+    from dynaconv.arch.checkpoint import Checkpoint
+
+    try:
+        sizes = Checkpoint.open(source).sizes
+    except CheckpointError:
+        return Work()
+    return Work(hidden=sizes["residual"], ffn=sizes["ffn"])
 
 
 def _say_all(progress: Progress, lines: Sequence[str]) -> None:

@@ -18,19 +18,21 @@ from dynaconv.pipeline import registry
 from dynaconv.pipeline.stage import StageContext
 from dynaconv.progress import Progress
 from dynaconv.ranks import Ranks
+from dynaconv.threads import using
 
 INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
 class Order:
-    """One stage to take part in; the fields are those of :class:`StageContext`."""
+    """One stage to take part in: ``threads`` CPU threads on each rank, and what :class:`StageContext` has."""
 
     stage: str
     config: RunConfig
     inputs: Mapping[str, Path]
     folder: Path
     work: Path
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def follow(ranks: Ranks) -> int:
     try:
         nothing: Order | End = End(0)
         while isinstance(order := ranks.broadcast_object(nothing), Order):
-            with Progress(quiet=True) as progress:
+            with Progress(quiet=True) as progress, using(order.threads):
                 context = StageContext(
                     order.config, order.inputs, order.folder, order.work, progress=progress, ranks=ranks
                 )

@@ -7,12 +7,9 @@ import fcntl
 import os
 import platform
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 from dynaconv.artifacts.files import storage_errors
 from dynaconv.artifacts.fingerprint import fingerprint
@@ -45,9 +42,8 @@ def default_source(progress: Progress, settings: Pretraining | None = None) -> P
         if not (folder / "config.json").is_file():
             for leftover in folder.parent.glob(f".{folder.name}.*.partial"):
                 shutil.rmtree(leftover, ignore_errors=True)
-            progress.say("no SOURCE given: making the embedded base model, once; about a minute on two free cores")
-            schedule = dataclasses.replace(settings.schedule, threads=settings.schedule.threads or _faster_threads())
-            pretrain(folder, dataclasses.replace(settings, schedule=schedule), progress)
+            progress.say("no SOURCE given: making the embedded base model, once; about two minutes on free cores")
+            pretrain(folder, settings, progress)
     return folder
 
 
@@ -71,25 +67,6 @@ def cache_folder() -> Path:
         return Path(named).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "dynaconv"
-
-
-def _faster_threads() -> int:
-    """One CPU thread or two, whichever is faster on matrices of the base's size right now.
-
-    Two should be, and for a model this small more would not help. But where other programs keep the cores busy, each
-    thread waits for the other at every operation, and two can be a hundred times slower than one.
-    """
-    x, weight = torch.ones(512, 128), torch.ones(128, 384)
-    before, seconds = torch.get_num_threads(), {}
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        torch.mm(x, weight)  # starts the threads
-        start = time.perf_counter()
-        for _ in range(30):
-            torch.nn.functional.silu(torch.mm(x, weight))
-        seconds[count] = time.perf_counter() - start
-    torch.set_num_threads(before)
-    return min(seconds, key=lambda count: seconds[count])
 
 
 @contextmanager

@@ -15,7 +15,6 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from dynaconv.data.corpus import Corpus, load_corpus
 from dynaconv.data.windows import Batch, evaluation_batches, training_batch
 from dynaconv.errors import ArtifactError, ConfigError, QualityError
 from dynaconv.progress import Progress
+from dynaconv.threads import Work, choose, using
 from dynaconv.train.shape import Shape, build, train_tokenizer
 
 
@@ -48,7 +48,7 @@ class Schedule:
         precision: ``fp32``, or ``bf16`` for autocast; what is saved is fp32 either way.
         validation_tokens: Held-out tokens that are scored at the end.
         seed: Seeds initialisation and data order.
-        threads: CPU threads; ``None`` leaves torch's choice.
+        threads: CPU threads; ``None`` takes those that are fastest when the training begins.
     """
 
     tokens: int = 768_000
@@ -96,7 +96,7 @@ def pretrain(out: Path, settings: Pretraining, progress: Progress, *, device: st
     if out.exists():
         raise ArtifactError("the output folder exists", where=out, hint="choose another one, or remove it")
     started = time.monotonic()
-    with _threads(settings.schedule.threads):
+    with using(settings.schedule.threads or _threads(settings, progress)):
         progress.say(f"pretraining a base model on {', '.join(settings.data.train)}")
         tokenizer = train_tokenizer(settings.data, settings.shape)
         corpus = load_corpus(
@@ -210,14 +210,12 @@ def _optimizers(model: Any, schedule: Schedule) -> list[torch.optim.Optimizer]:
     ]
 
 
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _threads(settings: Pretraining, progress: Progress) -> int | None:
+    shape, tokens = settings.shape, settings.schedule.batch_size * settings.data.sequence_length
+    choice = choose(lambda: Work(tokens // settings.schedule.accumulation, shape.hidden, shape.ffn))
+    if choice.reason:
+        progress.say(choice.reason)
+    return choice.count
 
 
 def _save(out: Path, model: Any, tokenizer: Any, settings: Pretraining, measured: dict[str, Any]) -> None:

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from dynaconv.data.split import split_documents
 from dynaconv.data.tokenizer import load_tokenizer
 from dynaconv.errors import ArtifactError, ConfigError, DataError
 from dynaconv.progress import Progress
+from dynaconv.threads import Choice, Work
 from dynaconv.train import defaults
 from dynaconv.train.pretrain import Pretraining, Schedule, pretrain, rate
 from dynaconv.train.shape import Shape, train_tokenizer, training_text
@@ -166,16 +169,30 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert defaults.cache_folder() == Path.home() / ".cache" / "dynaconv"
 
 
-def test_the_number_of_threads_is_one_or_two_and_no_part_of_the_key(
-    settings: Pretraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_threads_are_chosen_for_the_shape_said_and_no_part_of_the_key(
+    settings: Pretraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DYNACONV_CACHE", str(tmp_path))
-    assert defaults._faster_threads() in (1, 2)
-    assert torch.get_num_threads() == 1
+    asked: list[Work] = []
+    used: list[int] = []
+
+    def choose(work: Callable[[], Work]) -> Choice:
+        asked.append(work())
+        return Choice(2, "2 CPU threads: twice as fast as 1")
+
+    def train(*arguments: Any) -> dict[str, Any]:
+        used.append(torch.get_num_threads())
+        return {"parameters": 0, "tokens": 0}
+
+    monkeypatch.setattr("dynaconv.train.pretrain.choose", choose)
+    monkeypatch.setattr("dynaconv.train.pretrain._train", train)
     free = dataclasses.replace(settings, schedule=dataclasses.replace(SHORT, tokens=256, threads=None))
-    monkeypatch.setattr(defaults, "_faster_threads", lambda: 1)
-    folder = defaults.default_source(QUIET, free)
-    monkeypatch.setattr(defaults, "_faster_threads", lambda: pytest.fail("trained again"))
+    folder = defaults.default_source(Progress(), free)
+    assert asked == [Work(tokens=4 * 64, hidden=32, ffn=64)]
+    assert used == [2]
+    assert torch.get_num_threads() == 1
+    assert "2 CPU threads: twice as fast as 1" in capsys.readouterr().err
+    monkeypatch.setattr("dynaconv.train.pretrain.choose", lambda work: pytest.fail("trained again"))
     assert defaults.default_source(QUIET, free) == folder
 
 
