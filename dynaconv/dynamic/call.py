@@ -1,8 +1,8 @@
 """The call that is under way in a model: its policy and its recorder, seen by every site inside it.
 
 Decoder layers pass no unknown keywords down to their FFN, so both travel in one object that all sites of a model hold.
-It is a ``threading.local``: calls in two threads do not see each other, and compiled code may read it. It belongs to one
-model: a draft model that runs inside another's ``generate`` has its own. Ships with every exported model.
+It is a ``threading.local``: calls in two threads do not see each other, and compiled code may read it. It belongs to
+one model: a draft model that runs inside another's ``generate`` has its own. Ships with every exported model.
 """
 
 from __future__ import annotations

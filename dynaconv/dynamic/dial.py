@@ -68,8 +68,8 @@ class Dial:
         Between two calibrated budgets thresholds are interpolated linearly, so they stay monotone in the dial.
 
         Raises:
-            ValueError: The model has no calibrated dial, the budget lies below the lowest calibrated one, or no measured
-                point reaches the quality.
+            ValueError: The model has no calibrated dial, the budget lies below the lowest calibrated one, or no
+                measured point reaches the quality.
         """
         if self.width is not None:
             raise ValueError("a uniform width has no router threshold")

@@ -113,7 +113,8 @@ class DynamicFFN(nn.Module):
 
         Args:
             x: Inputs.
-            scores_only: Return the router's scores instead. A call of this module, since ZeRO 3 gathers weights by calls.
+            scores_only: Return the router's scores instead. A call of this module, since ZeRO 3 gathers weights by
+                calls.
         """
         if scores_only:
             return self.router(x)

@@ -1,9 +1,10 @@
 """Generation at a dial: who decides what a decoding step uses, and who owns its cache. Ships with every exported model.
 
-transformers' own ``generate`` runs the loop. Its key-value cache (``past_key_values``) is made for the call, belongs to it
-and is filled at whatever dial each step ran; nothing of ours is kept in it. The dial is that of the surrounding call:
-:meth:`DialedGeneration.generate` sets it for all steps of its thread, and a step that names its own (``dial=``) wins.
-A draft model (``assistant_model``) keeps the dial it has itself: ``model.at(0.25)`` drafts at .25 with the same weights.
+transformers' own ``generate`` runs the loop. Its key-value cache (``past_key_values``) is made for the call, belongs to
+it and is filled at whatever dial each step ran; nothing of ours is kept in it. The dial is that of the surrounding
+call: :meth:`DialedGeneration.generate` sets it for all steps of its thread, and a step that names its own (``dial=``)
+wins. A draft model (``assistant_model``) keeps the dial it has itself: ``model.at(0.25)`` drafts at .25 with the same
+weights.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ def solve_threshold(
     """The one threshold for all sites at which the mean active share over tokens and sites is ``budget``.
 
     The share falls in jumps as the threshold rises, each at the score of some token. The threshold lies in the middle
-    between the jump that still leaves the budget and the next lower one, so that no token's block hangs on how its score
-    was rounded.
+    between the jump that still leaves the budget and the next lower one, so that no token's block hangs on how its
+    score was rounded.
 
     Args:
         router: Any site's router; only its rule is used.

@@ -1,7 +1,7 @@
 """Router kind ``linear``: a score for each block of routed experts. Ships with every exported model.
 
-A block is on where its score is above the threshold. In closed form a score predicts the logarithm of the norm of what the
-block adds (D2DMoE, arXiv 2310.04361), in nats; then it is trained end to end.
+A block is on where its score is above the threshold. In closed form a score predicts the logarithm of the norm of what
+the block adds (D2DMoE, arXiv 2310.04361), in nats; then it is trained end to end.
 """
 
 from __future__ import annotations
