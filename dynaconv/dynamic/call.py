@@ -34,10 +34,11 @@ class Call(threading.local):
         return type(self)()
 
     @contextmanager
-    def using(self, policy: Policy, recorder: Recorder | None = None) -> Iterator[None]:
-        """Every site called inside uses ``policy``; ``recorder``, if given, is told what they did."""
+    def using(self, policy: Policy | None = None, recorder: Recorder | None = None) -> Iterator[None]:
+        """Every site called inside uses ``policy``, and tells ``recorder`` what it did; without either, as before."""
         before = self.policy, self.recorder
-        self.policy, self.recorder = policy, recorder if recorder is not None else self.recorder
+        self.policy = self.policy if policy is None else policy
+        self.recorder = self.recorder if recorder is None else recorder
         try:
             yield
         finally:

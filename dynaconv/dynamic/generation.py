@@ -24,12 +24,13 @@ class Surrounding(threading.local):
 
     Attributes:
         policy: That of the surrounding ``generate``; ``None`` outside of one: the model's own dial.
+        thresholds: Of the outermost ``generate``; one inside another has its own.
     """
 
     policy: Policy | None = None
 
     def __init__(self) -> None:
-        self.thresholds = {"generation": Thresholds(), "forward": Thresholds()}
+        self.thresholds = Thresholds()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), ())
@@ -43,7 +44,7 @@ class DialedGeneration:
 
     surrounding: Surrounding
 
-    def policy(self, dial: DialLike, *, used_by: str = "forward") -> Policy:
+    def policy(self, dial: DialLike, *, held: Thresholds | None = None) -> Policy:
         """Of the model."""
         raise NotImplementedError
 
@@ -58,7 +59,7 @@ class DialedGeneration:
     def dialed(self, dial: DialLike) -> Iterator[None]:
         """Calls inside that name no dial use ``dial``, in this thread."""
         before = self.surrounding.policy
-        self.surrounding.policy = self.policy(dial, used_by="generation")
+        self.surrounding.policy = self.policy(dial, held=self.surrounding.thresholds if before is None else None)
         try:
             yield
         finally:

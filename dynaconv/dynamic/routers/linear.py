@@ -32,9 +32,9 @@ class LinearRouter(Router):
         """Score - threshold."""
         return scores - as_threshold(threshold, scores)[..., None]
 
-    def top(self, scores: Tensor, width: int) -> Choice:
+    def top(self, x: Tensor, width: int) -> Choice:
         """See :meth:`Router.top`."""
-        return top_mask(scores, width)
+        return top_mask(self(x), width)
 
     def threshold_range(self) -> tuple[float, float]:
         """See :meth:`Router.threshold_range`."""
