@@ -11,51 +11,85 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from dynaconv.arch.blocks import nested_partition
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.arch.registry import known_families
 from dynaconv.config import LossConfig, LossesConfig
 from dynaconv.dynamic.layout import DialTable, FFNLayout, Layout, RouterLayout
-from dynaconv.dynamic.modeling import attach
+from dynaconv.dynamic.modeling import attach, load_routers
+from dynaconv.frontier import Frontier, OperatingPoint
+from dynaconv.kernels.partition import Partition
 
 ROUTERS = {
-    "gate": RouterLayout("gate", linear=False, rank=8, bound=3.0),
+    "width": RouterLayout("width", linear=False, rank=8, bound=3.0),
     "curve": RouterLayout("curve", linear=True, rank=0),
     "class": RouterLayout("class", linear=True, rank=8),
-    "blocks": RouterLayout("blocks", linear=True, rank=8, bound=3.0),
+    "linear": RouterLayout("linear", linear=True, rank=8, bound=3.0),
     "none": RouterLayout("none"),
 }
 SELF_TAUGHT: dict[str, Any] = {  # settings of fine-tuning without a parent
     "teacher": "self",
     "losses": LossesConfig(full=LossConfig(0.5), distill=LossConfig(0.5), distill_full=LossConfig(0.0)),
 }
-LEVELS = {
-    "gate": (0.5, 2.0, 8.0),
-    "curve": (-1.0, 0.5, 40.0),
-    "class": (0.3, 0.6, 1.0),
-    "blocks": (-0.7, 0.0, 4.0),
-    "none": (1.0, 2.0, 4.0),
+THRESHOLDS = {  # of the budgets .25, .5 and 1
+    "width": (-0.5, -2.0, -8.0),
+    "curve": (1.0, -0.5, -40.0),
+    "class": (0.7, 0.4, 0.0),
+    "linear": (0.7, 0.0, -4.0),
+    "none": (-1.0, -2.0, -4.0),
 }
 
 
-def dynamic_model(folder: Path, kind: str = "gate", *, blocks: int = 4, seed: int = 1) -> Any:
-    """The dense checkpoint in ``folder``, made dynamic without reordering, with opinionated routers."""
-    checkpoint = Checkpoint.open(folder)
-    ffn = checkpoint.family.ffn
-    levels = tuple((level,) * checkpoint.layers for level in LEVELS[kind])
-    layout = Layout(
-        edges=nested_partition(checkpoint.sizes["ffn"], blocks).edges,
+def even_blocks(neurons: int, blocks: int) -> Partition:
+    """``blocks`` blocks whose sizes differ by one neuron at most."""
+    return Partition.at([neurons * n // blocks for n in range(blocks + 1)])
+
+
+def a_frontier(budgets: tuple[float, ...], qualities: tuple[float, ...]) -> Frontier:
+    """A frontier whose other figures mean nothing."""
+    points = [OperatingPoint(b, b, 1.0, 1.0, 1.0, q, 1.0) for b, q in zip(budgets, qualities, strict=True)]
+    return Frontier(points[-1], tuple(points))
+
+
+def layout_of(folder: Path, kind: str = "width", *, blocks: int = 4, partition: Partition | None = None) -> Layout:
+    """The layout of the dense checkpoint in ``folder`` with routers of ``kind``, calibrated by hand."""
+    checkpoint, budgets = Checkpoint.open(folder), (0.25, 0.5, 1.0)
+    thresholds = tuple((threshold,) * checkpoint.layers for threshold in THRESHOLDS[kind])
+    return Layout(
+        partition=partition or even_blocks(checkpoint.sizes["ffn"], blocks),
         layers=checkpoint.layers,
-        ffn=FFNLayout(**asdict(ffn)),
+        ffn=FFNLayout(**asdict(checkpoint.family.ffn)),
         router=ROUTERS[kind],
-        dial=DialTable((0.25, 0.5, 1.0), levels, (0.8, 0.9, 1.0)),
+        dial=DialTable(budgets, thresholds),
+        frontier=a_frontier(budgets, (0.8, 0.9, 1.0)),
     )
-    torch.manual_seed(seed)
-    model = attach(AutoModelForCausalLM.from_pretrained(folder), layout)
-    with torch.no_grad():
-        for ffn_module in model.ffns():
-            for parameter in ffn_module.router.parameters():
-                parameter.normal_(0.0, 0.4)
+
+
+def dynamic_model(
+    folder: Path,
+    kind: str = "width",
+    *,
+    blocks: int = 4,
+    seed: int = 1,
+    partition: Partition | None = None,
+    stock: Any = None,
+) -> Any:
+    """The dense checkpoint in ``folder``, made dynamic without reordering, with opinionated routers.
+
+    Args:
+        folder: The checkpoint.
+        kind: Of the routers.
+        blocks: N.
+        seed: Of the routers.
+        partition: The blocks, where ``blocks`` does not say enough.
+        stock: The model that becomes dynamic, where it is not simply what ``folder`` holds.
+    """
+    layout = layout_of(folder, kind, blocks=blocks, partition=partition)
+    model = attach(AutoModelForCausalLM.from_pretrained(folder) if stock is None else stock, layout)
+    generator = torch.Generator().manual_seed(seed)
+    load_routers(
+        model,
+        {name: 0.4 * torch.randn(value.shape, generator=generator) for name, value in model.router_state().items()},
+    )
     return model.eval()
 
 

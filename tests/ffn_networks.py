@@ -1,4 +1,4 @@
-"""Random feed-forward networks and block edges, and the FFN written as plain loops."""
+"""Random feed-forward networks in blocks of every grain, and the FFN written as plain loops."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import gelu, relu, silu
 
+from dynaconv.kernels.blocks import BlockedFFN
+from dynaconv.kernels.choice import Choice, Prefix, Soft, Subset
+from dynaconv.kernels.partition import Partition
 from dynaconv.kernels.weights import FFNWeights
 
 ACTIVATIONS = (silu, gelu, relu)
@@ -39,11 +42,37 @@ def random_network(
     )
 
 
-def random_edges(neurons: int, blocks: int, seed: int = 0) -> tuple[int, ...]:
+def random_partition(neurons: int, blocks: int, seed: int = 0) -> Partition:
     """Uneven blocks of at least one neuron each."""
     generator = torch.Generator().manual_seed(seed)
     inner = torch.randperm(neurons - 1, generator=generator)[: blocks - 1] + 1
-    return (0, *sorted(inner.tolist()), neurons)
+    return Partition.at((0, *sorted(inner.tolist()), neurons))
+
+
+def partitions(neurons: int) -> dict[str, Partition]:
+    """One of every kind that ``neurons`` can be cut into."""
+    return {
+        "neurons one by one": Partition.equal(neurons, 1),
+        "of 16, the last smaller": Partition.equal(neurons, 16),
+        "one block": Partition.equal(neurons, neurons),
+        "5 uneven": random_partition(neurons, 5),
+        "64 uneven": random_partition(neurons, 64),
+    }
+
+
+def random_choice(kind: type[Choice], tokens: int, blocks: int, *, share: float = 0.5, seed: int = 0) -> Choice:
+    """What ``tokens`` tokens use of ``blocks`` blocks, about ``share`` of them; weights of ``Soft`` are float64."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.rand(tokens, blocks, generator=generator, dtype=torch.float64)
+    if kind is Prefix:
+        return Prefix((drawn[:, 0] * 2 * share * (blocks + 1)).long().clamp(max=blocks))
+    return Subset(drawn < share) if kind is Subset else Soft(drawn)
+
+
+def in_double(ffn: BlockedFFN) -> BlockedFFN:
+    """The same network in float64."""
+    exact = (part.double() if isinstance(part, torch.Tensor) else part for part in ffn.weights)
+    return BlockedFFN(FFNWeights(*exact), ffn.partition)  # type: ignore[arg-type]
 
 
 def looped_ffn(

@@ -1,8 +1,8 @@
 """The call that is under way in a model: its policy and its recorder, seen by every site inside it.
 
 Decoder layers pass no unknown keywords down to their FFN, so both travel in one object that all sites of a model hold.
-It is a ``threading.local``: calls in two threads do not see each other, and compiled code may read it. It belongs to one
-model: a draft model that runs inside another's ``generate`` has its own. Ships with every exported model.
+It is a ``threading.local``: calls in two threads do not see each other, and compiled code may read it. It belongs to
+one model: a draft model that runs inside another's ``generate`` has its own. Ships with every exported model.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ class Call(threading.local):
         return type(self)()
 
     @contextmanager
-    def using(self, policy: Policy, recorder: Recorder | None = None) -> Iterator[None]:
-        """Every site called inside uses ``policy``; ``recorder``, if given, is told what they did."""
+    def using(self, policy: Policy | None = None, recorder: Recorder | None = None) -> Iterator[None]:
+        """Every site called inside uses ``policy``, and tells ``recorder`` what it did; without either, as before."""
         before = self.policy, self.recorder
-        self.policy, self.recorder = policy, recorder if recorder is not None else self.recorder
+        self.policy = self.policy if policy is None else policy
+        self.recorder = self.recorder if recorder is None else recorder
         try:
             yield
         finally:

@@ -69,8 +69,8 @@ class Dial:
         Between two calibrated budgets thresholds are interpolated linearly, so they stay monotone in the dial.
 
         Raises:
-            ValueError: The model has no calibrated dial, the budget lies below the lowest calibrated one, or no measured
-                point reaches the quality.
+            ValueError: The model has no calibrated dial, the budget lies below the lowest calibrated one, or no
+                measured point reaches the quality.
         """
         budget = self.resolved(layout)
         if budget == 1.0:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,9 @@ class DynamicFFN(nn.Module):
         call: Of the model it belongs to.
     """
 
+    _owner: nn.Module
+    _between: Between
+
     def __init__(
         self,
         owner: nn.Module,
@@ -74,6 +78,10 @@ class DynamicFFN(nn.Module):
         with torch.device(device_of(up)):
             self.router = router(up.weight.shape[1 if isinstance(up, nn.Linear) else 0])
         self.train(owner.training)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        register_activation(self.activation_name, self.activation)  # it may be another process
 
     def install(self, model: nn.Module) -> None:
         """Takes the place of its stock FFN in ``model``.
@@ -99,21 +107,23 @@ class DynamicFFN(nn.Module):
     def _install_inline(self) -> None:
         owner, handover = self._owner, Handover()
         name = _activation_name(owner, self.activation)
-        setattr(owner, name, Between(owner.get_submodule(name), handover, self.select))
+        between = Between(owner.get_submodule(name), handover, self.select)
+        setattr(owner, name, between)
+        object.__setattr__(self, "_between", between)  # not a submodule: the owner's
         projection(owner, self.names.up).network = self
         for mixin, name in ((Opening, self.names.up), (Passing, self.names.down)):
             module: nn.Module = projection(owner, name)
             module.__class__ = inline_class(mixin, type(module))  # type: ignore[arg-type]
             module.handover = handover  # type: ignore[assignment]
             rebind(module)
-        self._inline = True
 
     def forward(self, x: Tensor, *, scores_only: bool = False) -> Tensor:
         """Output for inputs (B, T, D), using of each token what the call's policy decides; OPT's are (B * T, D).
 
         Args:
             x: Inputs.
-            scores_only: Return the router's scores instead. A call of this module, since ZeRO 3 gathers weights by calls.
+            scores_only: Return the router's scores instead. A call of this module, since ZeRO 3 gathers weights by
+                calls.
         """
         if scores_only:
             return self.router(x)
@@ -163,8 +173,8 @@ class DynamicFFN(nn.Module):
 
     def in_one_piece(self) -> bool:
         """Whether nothing wraps the modules of an ungated FFN or listens to them, so that one may compute it all."""
-        projections = self.projections()
-        return all(isinstance(module, Inline) and not _overheard(module) for module in projections)
+        inline = all(isinstance(module, Inline) for module in self.projections())
+        return inline and not any(map(_overheard, (*self.projections(), self._between)))
 
     def _decide(self, x: Tensor) -> Decision:
         policy = self.call.policy

@@ -1,9 +1,10 @@
 """Generation at a dial: who decides what a decoding step uses, and who owns its cache. Ships with every exported model.
 
-transformers' own ``generate`` runs the loop. Its key-value cache (``past_key_values``) is made for the call, belongs to it
-and is filled at whatever dial each step ran; nothing of ours is kept in it. The dial is that of the surrounding call:
-:meth:`DialedGeneration.generate` sets it for all steps of its thread, and a step that names its own (``dial=``) wins.
-A draft model (``assistant_model``) keeps the dial it has itself: ``model.at(0.25)`` drafts at .25 with the same weights.
+transformers' own ``generate`` runs the loop. Its key-value cache (``past_key_values``) is made for the call, belongs to
+it and is filled at whatever dial each step ran; nothing of ours is kept in it. The dial is that of the surrounding
+call: :meth:`DialedGeneration.generate` sets it for all steps of its thread, and a step that names its own (``dial=``)
+wins. A draft model (``assistant_model``) keeps the dial it has itself: ``model.at(0.25)`` drafts at .25 with the same
+weights.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ class Surrounding(threading.local):
 
     Attributes:
         policy: That of the surrounding ``generate``; ``None`` outside of one: the model's own dial.
+        thresholds: Of the outermost ``generate``; one inside another has its own.
     """
 
     policy: Policy | None = None
 
     def __init__(self) -> None:
-        self.thresholds = {"generation": Thresholds(), "forward": Thresholds()}
+        self.thresholds = Thresholds()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), ())
@@ -42,7 +44,7 @@ class DialedGeneration:
 
     surrounding: Surrounding
 
-    def policy(self, dial: DialLike, *, used_by: str = "forward") -> Policy:
+    def policy(self, dial: DialLike, *, held: Thresholds | None = None) -> Policy:
         """Of the model."""
         raise NotImplementedError
 
@@ -57,7 +59,7 @@ class DialedGeneration:
     def dialed(self, dial: DialLike) -> Iterator[None]:
         """Calls inside that name no dial use ``dial``, in this thread."""
         before = self.surrounding.policy
-        self.surrounding.policy = self.policy(dial, used_by="generation")
+        self.surrounding.policy = self.policy(dial, held=self.surrounding.thresholds if before is None else None)
         try:
             yield
         finally:

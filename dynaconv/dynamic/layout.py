@@ -122,36 +122,49 @@ class Layout:
             FileNotFoundError: The folder was not made by dynaconv.
             ValueError: The file is damaged, or of a schema that this dynaconv does not know.
         """
-        content = json.loads((Path(folder) / LAYOUT_FILE).read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"{LAYOUT_FILE} holds {type(content).__name__}, not an object: export the model again")
-        schema = content.pop("schema", None)
-        if schema == 1:
-            content = _from_schema_1(content)
-        elif schema != SCHEMA:
-            newer = isinstance(schema, int) and schema > SCHEMA
-            way_out = "upgrade dynaconv" if newer else "export the model again"
-            raise ValueError(f"{LAYOUT_FILE} has schema {schema!r}; this dynaconv reads 1 and {SCHEMA}: {way_out}")
+        path = Path(folder) / LAYOUT_FILE
+        text = path.read_text(encoding="utf-8")
         try:
-            return cls(
-                partition=Partition.from_json(content["partition"]),
-                layers=content["layers"],
-                ffn=FFNLayout(**content["ffn"]),
-                router=RouterLayout(**content["router"]),
-                dial=None if content["dial"] is None else _dial_table(content["dial"]),
-                lineage=content["lineage"],
-                frontier=Frontier.from_json(content["frontier"]) if content["frontier"] else None,
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{LAYOUT_FILE} is damaged ({error}): export the model again") from error
+            content = json.loads(text)
+            schema = content.pop("schema", None)
+            if schema in (1, SCHEMA):
+                return _read(_from_schema_1(content) if schema == 1 else content)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            found = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} is damaged ({found}): export the model again") from error
+        newer = isinstance(schema, int) and schema > SCHEMA
+        way_out = "upgrade dynaconv" if newer else "export the model again"
+        raise ValueError(f"{path} has schema {schema!r}; this dynaconv reads 1 and {SCHEMA}: {way_out}")
 
     def with_dial(self, dial: DialTable, frontier: Frontier | None) -> Layout:
         """The same layout with what calibration found."""
         return replace(self, dial=dial, frontier=frontier)
 
 
-def _dial_table(content: Any) -> DialTable:
-    return DialTable(tuple(content["budgets"]), tuple(tuple(row) for row in content["thresholds"]))
+def _read(content: dict[str, Any]) -> Layout:
+    """The layout of a file of schema 2; any error of lookup, type or value says that it is damaged."""
+    layers, dial = content["layers"], content["dial"]
+    if type(layers) is not int or layers < 1:
+        raise ValueError(f"layers is {layers!r}")
+    return Layout(
+        partition=Partition.from_json(content["partition"]),
+        layers=layers,
+        ffn=FFNLayout(**content["ffn"]),
+        router=RouterLayout(**content["router"]),
+        dial=None if dial is None else _dial_table(dial, layers),
+        lineage=content["lineage"],
+        frontier=Frontier.from_json(content["frontier"]) if content["frontier"] else None,
+    )
+
+
+def _dial_table(content: Any, layers: int) -> DialTable:
+    budgets = tuple(map(float, content["budgets"]))
+    thresholds = tuple(tuple(map(float, row)) for row in content["thresholds"])
+    if not budgets or list(budgets) != sorted(set(budgets)) or not 0 < budgets[0] <= budgets[-1] <= 1:
+        raise ValueError(f"budgets are {budgets}, not ascending within (0, 1]")
+    if [len(row) for row in thresholds] != [layers] * len(budgets):
+        raise ValueError(f"thresholds are not {len(budgets)} rows of {layers}")
+    return DialTable(budgets, thresholds)
 
 
 def _from_schema_1(old: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import functools
 import inspect
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from dynaconv.dynamic.generation import DialedGeneration, Surrounding
 from dynaconv.dynamic.layout import LAYOUT_FILE, OPERATING_POINT_FILE, ROUTER_FILE, Layout
 from dynaconv.dynamic.policy import ByThreshold, Full, Policy, Uniform
 from dynaconv.dynamic.projections import rebind
+from dynaconv.dynamic.routers.base import Router
 from dynaconv.dynamic.routers.kinds import KINDS
 from dynaconv.dynamic.thresholds import Thresholds
 
@@ -47,6 +49,9 @@ class DynamicMixin(DialedGeneration):
 
     layout: Layout
     call: Call
+    _dial: Dial
+    _own: Policy
+    _thresholds: Thresholds
 
     @property
     def dial(self) -> Dial:
@@ -60,21 +65,19 @@ class DynamicMixin(DialedGeneration):
             raise ValueError("a model has one dial; name one for each sequence in the call")
         self._own, self._dial = self._policy_of(dial, self._thresholds), dial
 
-    def policy(self, dial: DialLike | None = None, *, used_by: str = "forward") -> Policy:
+    def policy(self, dial: DialLike | None = None, *, held: Thresholds | None = None) -> Policy:
         """The policy of ``dial``; of the surrounding call, or of the model's own dial, where it is ``None``.
 
         Args:
             dial: See :func:`as_dial`.
-            used_by: ``forward`` or ``generation``: whose threshold tensor it is written into.
+            held: Where its thresholds are written; ``None`` for memory of their own.
 
         Raises:
             ValueError: A dial that this model cannot follow, such as a budget before calibration.
         """
         if dial is None:
             return self.surrounding.policy or self._own_policy()
-        # gradients are computed from the thresholds of their own forward pass, so these stay as they were
-        held = Thresholds() if torch.is_grad_enabled() else self.surrounding.thresholds[used_by]
-        return self._policy_of(as_dial(dial), held)
+        return self._policy_of(as_dial(dial), held or Thresholds())
 
     def _own_policy(self) -> Policy:
         if isinstance(self._own, ByThreshold) and self._own.thresholds.device != self._device():
@@ -103,6 +106,7 @@ class DynamicMixin(DialedGeneration):
         Such as a draft for ``generate(assistant_model=model.at(0.25))``.
         """
         view: Any = copy.copy(self)
+        view.__dict__.pop("_compiled_call", None)  # generation's, which calls the model it was compiled for
         view.surrounding, view._thresholds = Surrounding(), Thresholds()
         view.generation_config = copy.deepcopy(view.generation_config)
         view.dial = dial
@@ -136,6 +140,8 @@ class DynamicMixin(DialedGeneration):
             given = next((value for value in inputs if value is not None), None)
             if given is not None:
                 policy.require(given.shape[0])
+            if torch.is_grad_enabled():  # a recomputation needs these thresholds, whatever the dial is by then
+                return replace(policy, thresholds=policy.thresholds.clone())
         return policy
 
     def _set_gradient_checkpointing(
@@ -222,9 +228,9 @@ def attach(
         ``model``, now also a :class:`DynamicMixin`.
 
     Raises:
-        ValueError: Routers are missing, unexpected, or of another shape.
+        ValueError: Routers are missing, unexpected, of another shape or of an unknown kind.
     """
-    call, kind = Call(), KINDS[layout.router.kind]
+    call, kind = Call(), _router_kind(layout)
     activation_name = getattr(model.config, layout.ffn.activation)
     for site in layout.sites:
         ffn = DynamicFFN(
@@ -245,6 +251,16 @@ def attach(
         load_routers(made, routers)
     made.dial = dial or Dial.full()
     return made
+
+
+def _router_kind(layout: Layout) -> type[Router]:
+    kind = KINDS.get(layout.router.kind)
+    if kind is None:
+        raise ValueError(
+            f"{LAYOUT_FILE} has router kind {layout.router.kind!r}; this dynaconv knows {', '.join(KINDS)}: "
+            "upgrade dynaconv, or export the model again"
+        )
+    return kind
 
 
 def load_routers(model: Any, routers: Mapping[str, Tensor]) -> None:

@@ -61,8 +61,7 @@ class Uniform:
         """``width`` blocks, or all where the site has no more."""
         if self.width >= site.blocks:
             return Decision(None)
-        scores = router(x)
-        return Decision(router.top(scores, self.width), scores)
+        return Decision(router.top(x, self.width))
 
 
 @dataclass(frozen=True)

@@ -131,9 +131,10 @@ class Opening(Inline):
 
     def forward(self, x: Tensor) -> Tensor:
         """Output (..., D) of the network for its input (..., D), or the up projection's (..., F)."""
+        self.handover.finished, self.handover.x = False, None  # whatever a call that failed has left
         if self.network.in_one_piece():
-            self.handover.finished = True
             output: Tensor = self.network(x)
+            self.handover.finished = True
             return output
         self.handover.x = x
         return self.project(x)

@@ -30,12 +30,13 @@ class Thresholds:
 
     def fill(self, rows: Sequence[float] | Sequence[Sequence[float]], device: torch.device) -> Tensor:
         """Writes ``rows`` into :attr:`values`, which moves only where its shape or its device changes."""
-        wanted = torch.tensor(rows, dtype=torch.float32)
-        held = getattr(self, "values", None)
-        if held is None or held.shape != wanted.shape or held.device != device:
-            self.values = wanted.to(device)
-        else:
-            held.copy_(wanted)
+        with torch.inference_mode(False):  # what is filled in inference mode may be filled again outside of it
+            wanted = torch.tensor(rows, dtype=torch.float32)
+            held = getattr(self, "values", None)
+            if held is None or held.shape != wanted.shape or held.device != device:
+                self.values = wanted.to(device)
+            else:
+                held.copy_(wanted)
         return self.values
 
 
@@ -50,8 +51,8 @@ def solve_threshold(
     """The one threshold for all sites at which the mean active share over tokens and sites is ``budget``.
 
     The share falls in jumps as the threshold rises, each at the score of some token. The threshold lies in the middle
-    between the jump that still leaves the budget and the next lower one, so that no token's block hangs on how its score
-    was rounded.
+    between the jump that still leaves the budget and the next lower one, so that no token's block hangs on how its
+    score was rounded.
 
     Args:
         router: Any site's router; only its rule is used.

@@ -9,14 +9,14 @@ For inference. Weights are used where they lie; which of three kernels runs foll
   so each weight is read once, by exactly the tokens that want it. Adjacent blocks used by the same rows are one step,
   and so are blocks whose rows differ by less than another step would cost: what is computed in vain is put to zero.
 
-Measured with ``python scripts/bench_cpu.py`` (one thread of an AMD EPYC with AVX-512, D 2048, F 8192, 8 blocks, times as
-fast as the dense FFN, fp32 / bf16):
+Measured with ``python scripts/bench_cpu.py`` (one thread of an AMD EPYC with AVX-512, D 2048, F 8192, 8 blocks, times
+as fast as the dense FFN, fp32 / bf16):
 
 * one token: 3.5 / 3.7 at share .25, 1.9 / 2.0 at .5, 1.3 / 1.3 at .75;
 * random widths, mean share .5: 1.26 / 1.03 for 8 tokens, 1.9 / 1.4 for 64, 2.0 / 1.7 for 256.
 
-Where it does not pay: few tokens of which one is full read every weight (8 tokens in bf16: 0.96 of dense), and where the
-dense FFN takes a fraction of a millisecond, masking shows (D 256, F 1024, 16 tokens: about 0.8).
+Where it does not pay: few tokens of which one is full read every weight (8 tokens in bf16: 0.96 of dense), and where
+the dense FFN takes a fraction of a millisecond, masking shows (D 256, F 1024, 16 tokens: about 0.8).
 
 Shapes: M tokens, D residual width, F neurons, N blocks.
 """
@@ -188,7 +188,7 @@ def stairs(widths: Sequence[int], edges: Sequence[int]) -> list[Step]:
 
 
 def merge(steps: Sequence[Step], slack: int) -> list[Step]:
-    """Joins adjacent steps as long as that adds at most ``slack`` neuron evaluations outside every token's choice (wasted work).
+    """Joins adjacent steps as long as that wastes at most ``slack`` neuron evaluations, outside every token's choice.
 
     Args:
         steps: As :func:`stairs` gives them.

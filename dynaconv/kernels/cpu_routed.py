@@ -1,7 +1,7 @@
 """Backend for routed blocks on a CPU: each token has blocks of its own choice. Ships with every exported model.
 
-For inference. Weights are used where they lie: both kernels read no block that no token uses, but for columns of down in
-small gaps, and differ in what they compute of the others:
+For inference. Weights are used where they lie: both kernels read no block that no token uses, but for columns of down
+in small gaps, and differ in what they compute of the others:
 
 * ``union_ffn``: every token gets every block that some token uses, then what a token did not choose is put to zero. For
   one token that is exactly its own blocks; for a few, wasted arithmetic is cheaper than further steps.
@@ -14,6 +14,7 @@ Shapes: M tokens, D residual width, F neurons, N blocks.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -64,12 +65,15 @@ def kernel_for(ffn: BlockedFFN, x: Tensor, on: Tensor) -> str:
     """
     tokens, width = x.shape
     partition, neurons = ffn.partition, ffn.partition.neurons
+    if tokens == 1:
+        used_runs = runs(on.tolist()[0])
+        read = sum(partition.edges[end] - partition.edges[first] for first, end in used_runs)
+        further = max(0, len(used_runs) - 1)
+        return "union" if read + further * RUN_BYTES / (width * x.itemsize) <= neurons else "masked"
     counts = on.sum(0)
     used = counts > 0
     sizes = torch.tensor(partition.sizes) if partition.uniform_size is None else partition.uniform_size
-    read, joined = int((used * sizes).sum()), len(runs(used))
-    if tokens == 1:
-        return "union" if read + joined * RUN_BYTES / (width * x.itemsize) < neurons else "masked"
+    read, joined = int((used * sizes).sum()), len(runs(used.tolist()))
     cost = step_cost(x.dtype) / width
     wasted = int(((tokens - counts) * used * sizes).sum())
     if wasted > int(used.sum()) * cost:
@@ -92,7 +96,7 @@ def union_ffn(ffn: BlockedFFN, x: Tensor, on: Tensor) -> Tensor:
     edges = ffn.partition.edges
     off = None if len(x) == 1 else ~on
     total: Tensor | None = None
-    for piece in pieces([(edges[first], edges[end]) for first, end in runs(on.any(0))]):
+    for piece in pieces([(edges[first], edges[end]) for first, end in runs(on.any(0).tolist())]):
         start, stop = piece[0][0], piece[-1][1]
         hidden = x.new_zeros(len(x), stop - start) if len(piece) > 1 else x.new_empty(len(x), stop - start)
         for a, b in piece:
@@ -126,11 +130,9 @@ def grouped_ffn(ffn: BlockedFFN, x: Tensor, on: Tensor) -> Tensor:
     return total.to(x.dtype)
 
 
-def runs(used: Tensor) -> list[tuple[int, int]]:
-    """First block and the one behind the last of every run of blocks in ``used`` (N,) bool, in order."""
-    padded = functional.pad(used.to(torch.int8), (1, 1))
-    ends = padded.diff().nonzero()[:, 0].tolist()
-    return list(zip(ends[::2], ends[1::2], strict=True))
+def runs(used: Sequence[bool]) -> list[tuple[int, int]]:
+    """First block and the one behind the last of every run of blocks in ``used`` (N,), in order."""
+    return [run.span() for run in re.finditer(b"\x01+", bytes(used))]
 
 
 def pieces(used: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:

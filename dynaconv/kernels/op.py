@@ -96,7 +96,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """Computes the reference anew, with gradients."""
     with torch.enable_grad():
-        own = [None if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in ctx.saved_tensors]
+        needed = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        own = [None if t is None else t.detach().requires_grad_(needs) for t, needs in needed]
         x, chosen, up, down, gate, up_bias, down_bias, gate_bias = own
         neurons, block_size, positions, activation = ctx.settings
         assert x is not None and chosen is not None and up is not None and down is not None

@@ -45,14 +45,15 @@ class Partition:
 
     @classmethod
     def at(cls, positions: Sequence[int]) -> Partition:
-        """Blocks between adjacent ``positions``.
+        """Blocks between adjacent ``positions``; equal to :meth:`equal` where they are all of one size.
 
         Raises:
             ValueError: The positions do not ascend from 0.
         """
         if len(positions) < 2 or positions[0] != 0 or any(a >= b for a, b in pairwise(positions)):
             raise ValueError(f"block edges must ascend from 0; found: {list(positions)[:10]}")
-        return cls(positions[-1], 0, tuple(positions))
+        same = cls(positions[-1], positions[1])
+        return same if same.edges == tuple(positions) else cls(positions[-1], 0, tuple(positions))
 
     @property
     def blocks(self) -> int:
@@ -71,7 +72,7 @@ class Partition:
         """Neurons of each block."""
         return tuple(stop - start for start, stop in pairwise(self.edges))
 
-    @property
+    @cached_property
     def uniform_size(self) -> int | None:
         """Neurons of every block, ``None`` where blocks differ."""
         size = self.block_size or self.sizes[0]

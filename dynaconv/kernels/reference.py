@@ -1,8 +1,8 @@
 """The truth every kernel is compared with: all neurons are computed, those of unused blocks are put to zero.
 
-:func:`select` is the step that makes an FFN dynamic. Training and models with adapters or hooks run it between their own
-projection modules; :func:`blocked_ffn` puts it between plain matrix products. Outputs and gradients of every kernel are
-tested against it. Ships with every exported model.
+:func:`select` is the step that makes an FFN dynamic. Training and models with adapters or hooks run it between their
+own projection modules; :func:`blocked_ffn` puts it between plain matrix products. Outputs and gradients of every kernel
+are tested against it. Ships with every exported model.
 
 M tokens, D residual width, F neurons, N blocks.
 """
@@ -21,9 +21,10 @@ from dynaconv.kernels.weights import FFNWeights
 
 
 def select(hidden: Tensor, choice: Choice, partition: Partition) -> Tensor:
-    """Activations with each neuron of an unused block off. Differentiable in ``hidden``, and in the weights of ``Soft``.
+    """Activations with each neuron of an unused block off.
 
-    Hard choices replace by zero instead of multiplying: an infinity in an unused neuron does not reach the result.
+    Differentiable in ``hidden``, and in the weights of ``Soft``. Hard choices replace by zero instead of
+    multiplying: an infinity in an unused neuron does not reach the result.
 
     Args:
         hidden: ``(..., F)``.

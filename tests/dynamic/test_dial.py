@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
+import torch
+from dynamic_models import a_frontier
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dynaconv.dynamic.dial import Dial, as_dial
-from dynaconv.dynamic.layout import DialTable
+from dynaconv.dynamic.layout import DialTable, FFNLayout, Layout
+from dynaconv.dynamic.thresholds import Thresholds
+from dynaconv.kernels.partition import Partition
 
-TABLE = DialTable((0.25, 0.5, 1.0), ((0.0, 1.0), (2.0, 2.0), (9.0, 9.0)), (0.8, 0.9, 1.0))
+LAYOUT = Layout(
+    partition=Partition.equal(20, 4),
+    layers=2,
+    ffn=FFNLayout("layers.{layer}.mlp", "gate", "up", "down", "act"),
+    dial=DialTable((0.25, 0.5, 1.0), ((0.0, -1.0), (-2.0, -2.0), (-9.0, -9.0))),
+    frontier=a_frontier((0.25, 0.5, 1.0), (0.8, 0.9, 1.02)),
+)
+UNCALIBRATED = replace(LAYOUT, dial=None, frontier=None)
 
 
 @pytest.mark.parametrize("budget", [0.0, -0.1, 1.01, float("nan")])
@@ -20,11 +32,19 @@ def test_budget_outside_its_range_is_refused(budget: float) -> None:
         Dial(budget)
 
 
+@pytest.mark.parametrize("quality", [0.0, -1.0, math.inf, math.nan])
+def test_quality_outside_its_range_is_refused(quality: float) -> None:
+    with pytest.raises(ValueError, match="not above 0"):
+        Dial(quality=quality)
+
+
 def test_a_dial_is_exactly_one_thing() -> None:
     with pytest.raises(ValueError, match="one of"):
         Dial()
     with pytest.raises(ValueError, match="one of"):
         Dial(budget=0.5, quality=0.9)
+    with pytest.raises(ValueError, match="negative"):
+        Dial.uniform(-1)
 
 
 def test_a_dial_cannot_be_changed() -> None:
@@ -33,43 +53,57 @@ def test_a_dial_cannot_be_changed() -> None:
 
 
 @given(st.floats(0.25, 1.0), st.floats(0.25, 1.0))
-def test_levels_never_fall_as_the_budget_rises(a: float, b: float) -> None:
+def test_thresholds_never_rise_with_the_budget(a: float, b: float) -> None:
     low, high = sorted((a, b))
-    pairs = zip(Dial(low).levels(TABLE, 2), Dial(high).levels(TABLE, 2), strict=True)
-    assert all(x <= y for x, y in pairs)
+    pairs = zip(Dial(low).thresholds(LAYOUT), Dial(high).thresholds(LAYOUT), strict=True)
+    assert all(x >= y for x, y in pairs)
 
 
-def test_levels_are_those_measured_at_measured_budgets() -> None:
-    assert Dial(0.25).levels(TABLE, 2) == (0.0, 1.0)
-    assert Dial(0.5).levels(TABLE, 2) == (2.0, 2.0)
-    assert Dial(0.375).levels(TABLE, 2) == (1.0, 1.5)
-    assert Dial.full().levels(None, 2) == (math.inf, math.inf)
+def test_thresholds_are_those_solved_at_calibrated_budgets() -> None:
+    assert Dial(0.25).thresholds(LAYOUT) == (0.0, -1.0)
+    assert Dial(0.5).thresholds(LAYOUT) == (-2.0, -2.0)
+    assert Dial(0.375).thresholds(LAYOUT) == (-1.0, -1.5)
+    assert Dial.full().thresholds(UNCALIBRATED) == (-math.inf, -math.inf)
 
 
 def test_quality_becomes_the_lowest_budget_that_holds_it() -> None:
-    assert Dial(quality=0.85).resolved(TABLE) == pytest.approx(0.375)
-    assert Dial(quality=0.85).levels(TABLE, 2) == pytest.approx((1.0, 1.5))
-    assert Dial(quality=0.5).resolved(TABLE) == 0.25
-    with pytest.raises(ValueError, match=r"nearest is 0\.7"):
-        Dial(quality=0.9).levels(DialTable((1.0,), ((1.0,),), (0.7,)), 1)
-
-
-def test_a_quality_above_the_parents_is_one_like_any_other() -> None:
-    tuned = DialTable((0.5, 1.0), ((0.0,), (9.0,)), (0.9, 1.3))
-    assert Dial(quality=1.1).resolved(tuned) == pytest.approx(0.75)
+    assert Dial(quality=0.85).thresholds(LAYOUT) == pytest.approx(Dial(0.375).thresholds(LAYOUT))
+    assert Dial(quality=0.5).thresholds(LAYOUT) == Dial(0.25).thresholds(LAYOUT)
+    assert Dial(quality=1.01).thresholds(LAYOUT) == pytest.approx(Dial(0.5 + 0.5 * 11 / 12).thresholds(LAYOUT))
+    with pytest.raises(ValueError, match=r"nearest is 1\.02"):
+        Dial(quality=1.5).thresholds(LAYOUT)
+    with pytest.raises(ValueError, match="no measured frontier"):
+        Dial(quality=0.9).thresholds(replace(LAYOUT, frontier=None))
     for wrong in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="not above 0"):
             Dial(quality=wrong)
 
 
-def test_budget_below_the_calibrated_range_says_what_the_lowest_is() -> None:
+def test_what_a_model_cannot_follow_says_why() -> None:
     with pytest.raises(ValueError, match=r"lowest calibrated one, 0\.25"):
-        Dial(0.1).levels(TABLE, 2)
-    with pytest.raises(ValueError, match="no calibrated dial"):
-        Dial(0.5).levels(None, 2)
+        Dial(0.1).thresholds(LAYOUT)
+    for dial in (Dial(0.5), Dial(quality=0.5)):
+        with pytest.raises(ValueError, match="no calibrated dial"):
+            dial.thresholds(UNCALIBRATED)
+    with pytest.raises(ValueError, match="uniform width"):
+        Dial.uniform(3).thresholds(LAYOUT)
 
 
 def test_numbers_and_sequences_are_dials() -> None:
     assert as_dial(0.5) == Dial(0.5)
     assert as_dial([0.5, Dial.full()]) == (Dial(0.5), Dial(1.0))
     assert [str(d) for d in (Dial(1.0), Dial(quality=0.9), Dial.uniform(3))] == ["full", "quality 0.9", "width 3"]
+
+
+def test_thresholds_keep_their_memory_while_their_shape_stays() -> None:
+    held = Thresholds()
+    first = held.fill((1.0, 2.0), torch.device("cpu"))
+    with torch.inference_mode():
+        assert held.fill((3.0, -math.inf), torch.device("cpu")) is first
+    assert first.tolist() == [3.0, -math.inf]
+    assert held.fill(((1.0, 2.0), (3.0, 4.0)), torch.device("cpu")).shape == (2, 2)
+    with torch.inference_mode():
+        second = Thresholds()
+        made_there = second.fill((1.0, 2.0), torch.device("cpu"))
+    assert second.fill((5.0, 6.0), torch.device("cpu")) is made_there
+    assert made_there.tolist() == [5.0, 6.0]

@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM
 
 import dynaconv
 from dynaconv import Dial
-from dynaconv.dynamic.context import recording
-from dynaconv.kernels.reference import bit_masks, block_ffn, width_masks
+from dynaconv.dynamic.recorder import Recorder
+from dynaconv.kernels.choice import Prefix, Subset
+from dynaconv.kernels.partition import Partition
+from dynaconv.kernels.reference import blocked_ffn
 
 Maker = Callable[..., Path]
 
@@ -27,9 +29,9 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", ["gate", "curve", "class", "blocks", "none"])
+@pytest.mark.parametrize("kind", ["width", "curve", "class", "linear", "none"])
 def test_full_dial_is_the_parent(tiny_checkpoint: Maker, family: str, kind: str) -> None:
-    folder = tiny_checkpoint(family, tied=kind == "gate", ffn=67 if kind == "class" else 96)
+    folder = tiny_checkpoint(family, tied=kind == "width", ffn=67 if kind == "class" else 96)
     parent, ids = AutoModelForCausalLM.from_pretrained(folder).eval(), token_ids()
     model = dynamic_model(folder, kind)
     with torch.no_grad():
@@ -40,45 +42,45 @@ def test_full_dial_is_the_parent(tiny_checkpoint: Maker, family: str, kind: str)
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"), [*((family, "gate") for family in FAMILIES), ("llama", "curve"), ("llama", "class")]
+    ("family", "kind"), [*((family, "width") for family in FAMILIES), ("llama", "curve"), ("llama", "class")]
 )
 def test_every_ffn_is_the_reference_at_its_widths(tiny_checkpoint: Maker, family: str, kind: str) -> None:
     biased = {"mlp_bias": True} if family in ("llama", "granite") else {}
     model = dynamic_model(tiny_checkpoint(family, ffn=67, **biased), kind)
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     for ffn in model.ffns():
-        ffn.register_forward_hook(lambda m, args, out: seen.update({m.layer: (args[0], out)}))
-    with torch.no_grad(), recording() as trace:
+        ffn.register_forward_hook(lambda m, args, out: seen.update({m.site.index: (args[0], out)}))
+    with torch.no_grad(), model.call.using(recorder=(trace := Recorder())):
         model(token_ids(4, 20), dial=0.5)
     used: set[int] = set()
     for ffn in model.ffns():
-        x, out = seen[ffn.layer]
-        widths = trace.widths[ffn.layer][0]
+        x, out = seen[ffn.site.index]
+        widths = trace.widths[ffn.site.index][0]
         used |= set(widths.flatten().tolist())
-        rows = block_ffn(x.flatten(0, -2), width_masks(widths.flatten()), ffn.weights(), ffn.edges)
+        rows = blocked_ffn(ffn.blocked(), x.flatten(0, -2), Prefix(widths.flatten()))
         assert close(out.flatten(0, -2), rows)
     assert len(used) > 2, "the test's routers should not agree on everything"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_ffn_is_the_reference_on_the_blocks_its_router_wants(tiny_checkpoint: Maker, family: str) -> None:
-    model = dynamic_model(tiny_checkpoint(family), "blocks", blocks=6)
+    model = dynamic_model(tiny_checkpoint(family), "linear", blocks=6)
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     for ffn in model.ffns():
-        ffn.register_forward_hook(lambda m, args, out: seen.update({m.layer: (args[0], out)}))
+        ffn.register_forward_hook(lambda m, args, out: seen.update({m.site.index: (args[0], out)}))
     for dial in (0.5, Dial.uniform(2)):
-        with torch.no_grad(), recording() as trace:
+        with torch.no_grad(), model.call.using(recorder=(trace := Recorder())):
             model(token_ids(4, 20), dial=dial)
         for ffn in model.ffns():
-            x, out = (one.flatten(0, -2) for one in seen[ffn.layer])
+            x, out = (one.flatten(0, -2) for one in seen[ffn.site.index])
             scores = ffn.router(x)
             on = scores > 0 if dial == 0.5 else scores >= scores.topk(2, dim=-1).values[:, -1:]
-            assert close(out, block_ffn(x, bit_masks(on), ffn.weights(), ffn.edges))
-            assert torch.equal(trace.widths[ffn.layer][0].flatten(), on.sum(-1))
-            assert len(bit_masks(on).unique()) > 3, "the test's routers should not agree on everything"
+            assert close(out, blocked_ffn(ffn.blocked(), x, Subset(on)))
+            assert torch.equal(trace.widths[ffn.site.index][0].flatten(), on.sum(-1))
+            assert len(on.unique(dim=0)) > 3, "the test's routers should not agree on everything"
 
 
-@pytest.mark.parametrize("kind", ["gate", "blocks"])
+@pytest.mark.parametrize("kind", ["width", "linear"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_and_inference_paths_agree(tiny_checkpoint: Maker, family: str, kind: str) -> None:
     model, ids = dynamic_model(tiny_checkpoint(family), kind), token_ids(3, 16)
@@ -93,7 +95,7 @@ def test_a_width_is_the_stock_model_without_the_other_neurons(tiny_checkpoint: M
     stock, model = AutoModelForCausalLM.from_pretrained(folder).train(), dynamic_model(folder, "none").train()
     names = set(stock.state_dict())
     for width in (0, 1, 3):
-        with masked_neurons(stock, family, range(model.layout.edges[width])):
+        with masked_neurons(stock, family, range(model.layout.partition.edges[width])):
             expected = stock(ids, labels=ids)
         found = model(ids, labels=ids, dial=Dial.uniform(width))
         assert close(found.logits, expected.logits)
@@ -124,7 +126,7 @@ def test_what_stands_around_an_ungated_ffn_stays(tiny_checkpoint: Maker, family:
         assert torch.equal(model(ids, dial=1.0).logits, expected)
 
 
-@pytest.mark.parametrize("kind", ["gate", "blocks"])
+@pytest.mark.parametrize("kind", ["width", "linear"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_with_cache_equals_generation_without(tiny_checkpoint: Maker, family: str, kind: str) -> None:
     model, ids = dynamic_model(tiny_checkpoint(family), kind), token_ids(2, 7)
@@ -138,7 +140,7 @@ def test_generation_with_cache_equals_generation_without(tiny_checkpoint: Maker,
     assert torch.equal(logits[:, 6:-1].argmax(-1), cached[:, 7:])
 
 
-@pytest.mark.parametrize("kind", ["gate", "blocks"])
+@pytest.mark.parametrize("kind", ["width", "linear"])
 @pytest.mark.parametrize("family", ["llama", "opt"])  # OPT flattens the batch
 def test_one_dial_a_sequence(tiny_checkpoint: Maker, family: str, kind: str) -> None:
     model, ids = dynamic_model(tiny_checkpoint(family), kind), token_ids(3, 10)
@@ -200,15 +202,15 @@ def test_widths_are_nested_and_monotone_in_the_dial(tiny_checkpoint: Maker) -> N
     model, ids = dynamic_model(tiny_checkpoint(layers=1)), token_ids(4, 30)  # one layer: hidden states stay the same
     last = torch.zeros(1, 120)
     for budget in (0.25, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0):
-        with torch.no_grad(), recording() as trace:
+        with torch.no_grad(), model.call.using(recorder=(trace := Recorder())):
             model(ids, dial=budget)
-        widths = trace.stacked()
+        widths = trace.all_widths()
         assert bool((widths >= last).all())
         last = widths
     assert bool((last == 4).all())
 
 
-@pytest.mark.parametrize(("family", "kind"), [*((family, "gate") for family in FAMILIES), ("llama", "none")])
+@pytest.mark.parametrize(("family", "kind"), [*((family, "width") for family in FAMILIES), ("llama", "none")])
 def test_saved_and_loaded_it_is_the_same(tiny_checkpoint: Maker, tmp_path: Path, family: str, kind: str) -> None:
     model, ids = dynamic_model(tiny_checkpoint(family, tied=True), kind), token_ids()
     model.save_pretrained(tmp_path / "saved")
@@ -234,7 +236,7 @@ def test_routers_of_another_model_are_refused(tiny_checkpoint: Maker, tmp_path: 
 
 def test_uniform_widths_need_no_router(tiny_checkpoint: Maker) -> None:
     model, ids = dynamic_model(tiny_checkpoint(), "none"), token_ids()
-    with torch.no_grad(), recording() as trace:
+    with torch.no_grad(), model.call.using(recorder=(trace := Recorder())):
         model(ids, dial=Dial.uniform(3))
         model(ids, dial=0.5)
         model(ids, dial=Dial.uniform(99))

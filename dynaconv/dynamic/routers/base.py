@@ -78,8 +78,13 @@ class Router(nn.Module):
         if first is None:
             return x.new_zeros((*x.shape[:-1], self.outputs()))
         x = x.to(first.weight.dtype)
-        raw = self.output(functional.silu(self.hidden(x))) if self.hidden is not None and self.output is not None else 0
-        return raw if self.linear is None else self.linear(x) + raw
+        raw: Tensor | None = None
+        if self.hidden is not None and self.output is not None:
+            raw = self.output(functional.silu(self.hidden(x)))
+        if self.linear is None:
+            assert raw is not None
+            return raw
+        return self.linear(x) if raw is None else self.linear(x) + raw
 
     def bounded(self, raw: Tensor) -> Tensor:
         """Scores (as :meth:`forward` gives them) from the float32 sum of the branches (..., n)."""
@@ -104,10 +109,9 @@ class Router(nn.Module):
         """
         raise NotImplementedError
 
-    def top(self, scores: Tensor, width: int) -> Choice:
-        """``width`` blocks for every token: the first ones; of routed blocks, those of the highest scores (top-k)."""
-        tokens = scores.shape[: scores.dim() - self.features]
-        return Prefix(torch.full(tokens, width, dtype=torch.int64, device=scores.device))
+    def top(self, x: Tensor, width: int) -> Choice:
+        """``width`` blocks for every token of ``x`` (..., D): the first; of routed blocks, the highest-scored (top-k)."""
+        return Prefix(torch.full(x.shape[:-1], width, dtype=torch.int64, device=x.device))
 
     @property
     def flops_per_token(self) -> int:

@@ -1,8 +1,8 @@
 """Router kind ``curve``: the predicted error of every width. Ships with every exported model.
 
-After D2DMoE (arXiv 2310.04361), with an argmin in place of its threshold: scores are N predictions of log t_n, t_n being
-the error that a width of n blocks would make, and the width is argmin_n t_n + exp(threshold) * share_n. The threshold is
-the logarithm of what the whole FFN costs, in units of error.
+After D2DMoE (arXiv 2310.04361), with an argmin in place of its threshold: scores are N predictions of log t_n, t_n
+being the error that a width of n blocks would make, and the width is argmin_n t_n + exp(threshold) * share_n. The
+threshold is the logarithm of what the whole FFN costs, in units of error.
 """
 
 from __future__ import annotations

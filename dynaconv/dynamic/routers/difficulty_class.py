@@ -25,4 +25,4 @@ class ClassRouter(Router):
 
     def threshold_range(self) -> tuple[float, float]:
         """See :meth:`Router.threshold_range`."""
-        return -1e-6, 1.0
+        return -1e-3, 1.0  # sums of many probabilities end a little above or below 1

@@ -1,7 +1,7 @@
 """Router kind ``linear``: a score for each block of routed experts. Ships with every exported model.
 
-A block is on where its score is above the threshold. In closed form a score predicts the logarithm of the norm of what the
-block adds (D2DMoE, arXiv 2310.04361), in nats; then it is trained end to end.
+A block is on where its score is above the threshold. In closed form a score predicts the logarithm of the norm of what
+the block adds (D2DMoE, arXiv 2310.04361), in nats; then it is trained end to end.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class LinearRouter(Router):
         """Score - threshold."""
         return scores - as_threshold(threshold, scores)[..., None]
 
-    def top(self, scores: Tensor, width: int) -> Choice:
+    def top(self, x: Tensor, width: int) -> Choice:
         """See :meth:`Router.top`."""
-        return top_mask(scores, width)
+        return top_mask(self(x), width)
 
     def threshold_range(self) -> tuple[float, float]:
         """See :meth:`Router.threshold_range`."""

@@ -1,6 +1,6 @@
-"""Router kind ``width``: one score, the width that the token wants. Trained end to end. Ships with every exported model.
+"""Router kind ``width``: one score, the width that the token wants. Ships with every exported model.
 
-A score is in blocks, to either side of what all tokens get: width = round(score - threshold).
+Trained end to end. A score is in blocks, to either side of what all tokens get: width = round(score - threshold).
 """
 
 from __future__ import annotations
