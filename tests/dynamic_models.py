@@ -17,38 +17,39 @@ from dynaconv.arch.registry import known_families
 from dynaconv.config import LossConfig, LossesConfig
 from dynaconv.dynamic.layout import DialTable, FFNLayout, Layout, RouterLayout
 from dynaconv.dynamic.modeling import attach
+from dynaconv.kernels.partition import Partition
 
 ROUTERS = {
-    "gate": RouterLayout("gate", linear=False, rank=8, bound=3.0),
-    "curve": RouterLayout("curve", linear=True, rank=0),
-    "class": RouterLayout("class", linear=True, rank=8),
-    "blocks": RouterLayout("blocks", linear=True, rank=8, bound=3.0),
+    "width": RouterLayout("width", linear=False, rank=8, bound=3.0),
+    "curve": RouterLayout("curve", linear=True, rank=0, bound=3.0),
+    "class": RouterLayout("class", linear=True, rank=8, bound=3.0),
+    "linear": RouterLayout("linear", linear=True, rank=8, bound=3.0),
     "none": RouterLayout("none"),
 }
 SELF_TAUGHT: dict[str, Any] = {  # settings of fine-tuning without a parent
     "teacher": "self",
     "losses": LossesConfig(full=LossConfig(0.5), distill=LossConfig(0.5), distill_full=LossConfig(0.0)),
 }
-LEVELS = {
-    "gate": (0.5, 2.0, 8.0),
-    "curve": (-1.0, 0.5, 40.0),
-    "class": (0.3, 0.6, 1.0),
-    "blocks": (-0.7, 0.0, 4.0),
-    "none": (1.0, 2.0, 4.0),
+THRESHOLDS = {
+    "width": (-0.5, -2.0, -8.0),
+    "curve": (1.0, -0.5, -40.0),
+    "class": (0.7, 0.4, 0.0),
+    "linear": (0.7, 0.0, -4.0),
+    "none": (-1.0, -2.0, -4.0),
 }
 
 
-def dynamic_model(folder: Path, kind: str = "gate", *, blocks: int = 4, seed: int = 1) -> Any:
+def dynamic_model(folder: Path, kind: str = "width", *, blocks: int = 4, seed: int = 1) -> Any:
     """The dense checkpoint in ``folder``, made dynamic without reordering, with opinionated routers."""
     checkpoint = Checkpoint.open(folder)
     ffn = checkpoint.family.ffn
-    levels = tuple((level,) * checkpoint.layers for level in LEVELS[kind])
+    thresholds = tuple((threshold,) * checkpoint.layers for threshold in THRESHOLDS[kind])
     layout = Layout(
-        edges=block_edges(checkpoint.sizes["ffn"], blocks),
+        partition=Partition.at(block_edges(checkpoint.sizes["ffn"], blocks)),
         layers=checkpoint.layers,
         ffn=FFNLayout(**asdict(ffn)),
         router=ROUTERS[kind],
-        dial=DialTable((0.25, 0.5, 1.0), levels, (0.8, 0.9, 1.0)),
+        dial=DialTable((0.25, 0.5, 1.0), thresholds),
     )
     torch.manual_seed(seed)
     model = attach(AutoModelForCausalLM.from_pretrained(folder), layout)
