@@ -176,28 +176,34 @@ class LossConfig:
     ramp: float = 0.0
 
 
+def _by(place: str) -> dict[str, str]:
+    """Metadata of a loss: the class in ``dynaconv.train.objectives`` that computes it."""
+    return {"objective": f"dynaconv.train.objectives.{place}"}
+
+
 @dataclass
 class LossesConfig:
-    """What fine-tuning minimises: the weighted sum of these. Each is logged by its own name.
+    """What fine-tuning minimises: the weighted sum of these, in nats. Each is logged by itself.
 
-    A step runs the full dial and one sampled dial, forward and backward; ``teacher=parent`` or ``distill_full`` adds a
-    forward pass of the parent, ``consistency`` one of the model. A pass that no loss needs is left out.
+    Each line names the class that computes the loss and says which passes it needs; a pass that no loss needs is left
+    out. By default a step runs the full dial and one sampled dial, forward and backward, and the parent forward.
 
     Attributes:
         full: Cross-entropy at the full dial.
         dial: Cross-entropy at the sampled dial.
         distill: KL(teacher || sampled dial).
-        distill_full: KL(parent || full dial): holds the full dial to the parent.
-        router: What ``curve`` and ``class`` routers learn from; ``gate`` routers learn from the losses at the dial.
+        distill_full: KL(parent || full dial): keeps the quality of the full dial.
+        router: What ``curve`` and ``class`` routers learn from; ``width`` and ``linear`` ones learn from the losses at
+            the dial.
         consistency: KL(higher dial || sampled dial) of a second, higher dial on the same batch.
     """
 
-    full: LossConfig = field(default_factory=lambda: LossConfig(0.4))
-    dial: LossConfig = field(default_factory=LossConfig)
-    distill: LossConfig = field(default_factory=lambda: LossConfig(0.8))
-    distill_full: LossConfig = field(default_factory=lambda: LossConfig(0.8))
-    router: LossConfig = field(default_factory=lambda: LossConfig(1.0))
-    consistency: LossConfig = field(default_factory=LossConfig)
+    full: LossConfig = field(default_factory=lambda: LossConfig(0.4), metadata=_by("language_model:FullDial"))
+    dial: LossConfig = field(default_factory=LossConfig, metadata=_by("language_model:SampledDial"))
+    distill: LossConfig = field(default_factory=lambda: LossConfig(0.8), metadata=_by("distillation:Distillation"))
+    distill_full: LossConfig = field(default_factory=lambda: LossConfig(0.8), metadata=_by("distillation:FullDistillation"))
+    router: LossConfig = field(default_factory=lambda: LossConfig(1.0), metadata=_by("router_targets:RouterTargets"))
+    consistency: LossConfig = field(default_factory=LossConfig, metadata=_by("consistency:Consistency"))
 
 
 @dataclass
@@ -208,8 +214,8 @@ class FinetuneConfig:
         tokens: Training tokens.
         batch_size: Windows in one optimiser step.
         accumulation: Micro-batches a step is cut into.
-        router: Target of the routers: ``gate`` (end to end), ``curve``, ``class``, or ``uniform`` (no router). Those of
-            routed experts are trained end to end.
+        router: Kind of the routers. ``auto`` takes the one that learns from the losses at the dial: ``width`` (nested
+            experts) or ``linear`` (routed ones). Nested experts also take ``curve``, ``class``, or ``uniform``: none.
         trainable: ``all``; ``ffn`` (FFNs and routers), ``routers`` (the full dial stays the parent's own function), or
             ``lora`` (routers, and adapters of low rank that are merged into the weights at the end).
         lora_rank: Rank of the adapters.
@@ -231,10 +237,11 @@ class FinetuneConfig:
             more frequent) or ``high`` (the mirror image).
         anchor: The one budget trained at towards the end; ``null`` samples all along.
         anchor_after: Share of the steps after which it is.
-        router_rank: Hidden width of a router; ``0`` takes D / 16 rounded up to a multiple of 64.
-        bound: Largest say of a ``gate`` router, in blocks to either side of the common level; of routed experts, the
-            largest score of a block, in nats.
-        temperature: Width of the straight-through sigmoid, in the same unit.
+        router_rank: Hidden width of a router; ``null`` takes D / 16 rounded up to a multiple of 64, ``0`` makes routers
+            linear.
+        bound: Largest score: of a ``width`` router in blocks, of a ``linear`` one in nats. ``null`` takes that of the
+            closed-form router that training starts from, else the kind's own.
+        temperature: Width of the straight-through sigmoid, in the unit of scores.
         theta: Agreement (cosine) a ``class`` label asks for.
         precision: ``fp32`` or ``bf16``.
         gradient_checkpointing: Recompute activations in the backward pass.
@@ -246,7 +253,7 @@ class FinetuneConfig:
     tokens: int = 1_500_000
     batch_size: int = 4
     accumulation: int = 1
-    router: str = "gate"
+    router: str = "auto"
     trainable: str = "all"
     lora_rank: int = 16
     lora_alpha: float = 32.0
@@ -265,8 +272,8 @@ class FinetuneConfig:
     distribution: str = "uniform"
     anchor: float | None = None
     anchor_after: float = 0.9
-    router_rank: int = 0
-    bound: float = 2.0
+    router_rank: int | None = None
+    bound: float | None = None
     temperature: float = 0.33
     theta: float = 0.8
     precision: str = "fp32"

@@ -20,19 +20,21 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from dynaconv.config import RunConfig
-from dynaconv.dynamic.context import using
 from dynaconv.dynamic.ffn import DynamicFFN
-from dynaconv.dynamic.projections import projection
+from dynaconv.dynamic.policy import Decision
+from dynaconv.dynamic.routers.base import Router
+from dynaconv.dynamic.site import Site
 from dynaconv.errors import ArtifactError, ConfigError
+from dynaconv.kernels.choice import Soft
 from dynaconv.ranks import Ranks
 from dynaconv.train.deepspeed_config import deepspeed_config
-from dynaconv.train.engine import adamw, parameter_groups
+from dynaconv.train.optimizer import adamw, parameter_groups, set_learning_rates
 
 TAG = "engine"
 
 
 class DeepSpeedEngine:
-    """DeepSpeed with the optimiser, groups and learning rates of :class:`dynaconv.train.engine.TorchEngine`.
+    """DeepSpeed with the optimizer, groups and learning rates of :class:`dynaconv.train.engine.TorchEngine`.
 
     Args:
         network: The dynamic model, whole, on any device.
@@ -53,11 +55,10 @@ class DeepSpeedEngine:
             _declare_leaves(deepspeed, network)
             if not network.get_input_embeddings().weight.requires_grad:
                 network.enable_input_require_grads()  # or the weights of the first FFN are dropped before their turn
-        groups = parameter_groups(network, config.finetune)
-        optimizer = adamw(groups, config.finetune)
+        optimizer = adamw(parameter_groups(network, config.finetune), config.finetune)
         self.peaks = [group["peak"] for group in optimizer.param_groups]
         settings = deepspeed_config(config, ranks.world)
-        with _muttering():
+        with _captured_output():
             self.model, self.optimizer, _, _ = deepspeed.initialize(
                 model=network, optimizer=optimizer, config=settings, dist_init_required=False
             )
@@ -81,15 +82,14 @@ class DeepSpeedEngine:
         # Times one: a loss that is itself an output of the model, DeepSpeed would scale all the same.
         self.model.backward(loss * 1, scale_wrt_gas=False)
         if last and self.offloads:
-            with using(_Reaching()), self.autocast():
+            with self.network.call.using(_AllOn()), self.autocast():
                 logits = self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device)).logits
             self.model.set_gradient_accumulation_boundary(True)
             self.model.backward(0 * logits.float().sum(), scale_wrt_gas=False)
 
     def step(self, factor: float) -> dict[str, float]:
         """One AdamW step."""
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * factor
+        set_learning_rates(self.optimizer, self.peaks, factor)
         norm = None
         if self.stage == 0:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
@@ -158,13 +158,13 @@ def import_deepspeed(ranks: Ranks) -> Any:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)  # stdout is the result's
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled on the spot; gloo does the same
-    with _muttering():
+    with _captured_output():
         deepspeed.init_distributed(verbose=False)
     return deepspeed
 
 
 @contextlib.contextmanager
-def _muttering() -> Iterator[None]:
+def _captured_output() -> Iterator[None]:
     """Keeps what DeepSpeed prints for the log: stdout is the result's."""
     said = io.StringIO()
     try:
@@ -175,13 +175,13 @@ def _muttering() -> Iterator[None]:
             logging.getLogger("dynaconv").debug("DeepSpeed: %s", line)
 
 
-class _Reaching:
-    """All blocks on, with a gradient of zero to the routers."""
+class _AllOn:
+    """Policy: all blocks, with a gradient of zero to the routers, so that a backward pass reaches them."""
 
-    def decide(self, ffn: DynamicFFN, x: Tensor) -> Tensor:
+    def decide(self, site: Site, router: Router, x: Tensor) -> Decision:
         """Ones, (..., N)."""
-        nothing = 0 * ffn.router(x).reshape(*x.shape[:-1], -1).sum(-1, keepdim=True)
-        return nothing + torch.ones(ffn.blocks, device=x.device)
+        nothing = 0 * router(x).reshape(*x.shape[:-1], -1).sum(-1, keepdim=True)
+        return Decision(Soft(nothing + torch.ones(site.blocks, device=x.device)))
 
 
 def _declare_leaves(deepspeed: Any, network: Any) -> None:
@@ -189,6 +189,6 @@ def _declare_leaves(deepspeed: Any, network: Any) -> None:
     deepspeed.utils.set_z3_leaf_modules(network, [DynamicFFN])
     for ffn in network.ffns():
         if ffn.names.gate is None:  # its up projection runs the whole network, so it needs the down projection's too
-            opening, closing = (projection(ffn._owner[0], name) for name in (ffn.names.up, ffn.names.down))
+            opening, closing = ffn.projections()
             for parameter in closing.parameters(recurse=False):
                 deepspeed.zero.register_external_parameter(opening, parameter)

@@ -1,4 +1,4 @@
-"""What the loop needs of whatever runs the model: backward, one optimiser step, and state that restores exactly."""
+"""What the loop needs of whatever runs the model: backward, one optimizer step, and state that restores exactly."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from dynaconv.config import FinetuneConfig, RunConfig
 from dynaconv.errors import ConfigError
 from dynaconv.ranks import Ranks
 from dynaconv.rules import uneven
-from dynaconv.train.memory_cost import PIECE
+from dynaconv.train.optimizer import adamw, parameter_groups, set_learning_rates
 
 STATE_FILE = "engine.safetensors"
+CHUNK = 1 << 20  # elements of a gradient that are averaged over ranks at once, in float64
 
 
 class Engine(Protocol):
-    """A model with its optimiser, on one rank or several.
+    """A model with its optimizer, on one rank or several.
 
     Gradients are averaged over ranks; a parameter that gets none counts as having a gradient of zero.
 
@@ -80,36 +81,6 @@ def build_engine(network: Any, config: RunConfig, ranks: Ranks) -> Engine:
     return TorchEngine(network, config.finetune, ranks)
 
 
-def parameter_groups(network: Any, config: FinetuneConfig) -> list[dict[str, Any]]:
-    """AdamW's groups of the parameters that are trained: their names, peak learning rates and weight decay."""
-    routers = {id(p) for ffn in network.ffns() for p in ffn.router.parameters()}
-    named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-    dims = {name: len(getattr(p, "ds_shape", p.shape)) for name, p in named}  # DeepSpeed may have taken p apart
-    groups = {
-        "weights": [(n, p) for n, p in named if id(p) not in routers and dims[n] > 1],
-        "vectors": [(n, p) for n, p in named if id(p) not in routers and dims[n] <= 1],
-        "routers": [(n, p) for n, p in named if id(p) in routers],
-    }
-    peaks = {"routers": config.router_learning_rate}
-    decays = {"weights": config.weight_decay}
-    return [
-        {
-            "params": [p for _, p in group],
-            "names": [n for n, _ in group],
-            "name": name,
-            "peak": peaks.get(name, config.learning_rate),
-            "weight_decay": decays.get(name, 0.0),
-        }
-        for name, group in groups.items()
-        if group
-    ]
-
-
-def adamw(groups: list[dict[str, Any]], config: FinetuneConfig) -> torch.optim.AdamW:
-    """The optimiser of every engine, over :func:`parameter_groups`."""
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.betas[0], config.betas[1]))
-
-
 class TorchEngine:
     """Plain torch: AdamW with fp32 weights, forward passes in fp32 or under bf16 autocast; each rank has it all."""
 
@@ -118,8 +89,8 @@ class TorchEngine:
     def __init__(self, network: Any, config: FinetuneConfig, ranks: Ranks) -> None:
         self.model = self.network = network.to(ranks.device)
         self.device, self.ranks, self.config = ranks.device, ranks, config
-        groups = parameter_groups(network, config)
-        self.optimizer = adamw(groups, config)
+        self.optimizer = adamw(parameter_groups(network, config), config)
+        self.peaks = [group["peak"] for group in self.optimizer.param_groups]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 autocast where the recipe asks for it."""
@@ -136,13 +107,12 @@ class TorchEngine:
                     parameter.grad = torch.zeros_like(parameter)
                 if self.ranks.world > 1:
                     parameter.grad = parameter.grad.contiguous()
-                    for piece in parameter.grad.view(-1).split(PIECE):
-                        piece.copy_(self.ranks.mean(piece))
+                    for chunk in parameter.grad.view(-1).split(CHUNK):
+                        chunk.copy_(self.ranks.mean(chunk))
 
     def step(self, factor: float) -> dict[str, float]:
         """One AdamW step."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+        set_learning_rates(self.optimizer, self.peaks, factor)
         norm = torch.nn.utils.clip_grad_norm_([p for _, p in self._named()], self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 from dynaconv.config import EngineConfig
 from dynaconv.train.deepspeed_config import BUCKET, FLAT
+from dynaconv.train.engine import CHUNK
 
 WORD = 4  # bytes
 DEEPSPEED_BYTES = 30 * 10**6  # resident size of what DeepSpeed imports beside the libraries of every stage; measured
 PEFT_BYTES = 10 * 10**6  # the same of peft, which makes adapters
-PIECE = 1 << 20  # numbers of a gradient that plain torch averages over ranks at once, in float64
 
 # Blocks up to this size stay in the allocator's heap when they are freed (glibc raises its mmap threshold up to it).
 # The heap grows to so much of what is in use at once, because blocks of other sizes do not fit the gaps; measured.
@@ -75,7 +75,7 @@ def held(engine: EngineConfig, weights: Weights) -> Held:
     if engine.kind == "deepspeed":  # one flat copy of all gradients is sent, by one rank as well
         sent = min(FLAT, weights.trained)
     elif engine.nproc > 1:
-        sent = 7 * min(PIECE, weights.largest)  # a copy, and three in float64
+        sent = 7 * min(CHUNK, weights.largest)  # a copy, and three in float64
     always = weights.all + 2 * weights.trained
     return Held(weights.all, always, weights.trained + sent, weights.trained + 2 * weights.largest)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,43 +16,36 @@ from dynaconv.arch.stock import stock_names
 from dynaconv.artifacts.tensors import read_tensors
 from dynaconv.artifacts.writer import CheckpointWriter, write_tensors
 from dynaconv.config import FinetuneConfig
-from dynaconv.dynamic.layout import ROUTER_FILE, Layout, RouterLayout
+from dynaconv.dynamic.layout import ROUTER_FILE, Layout
 from dynaconv.dynamic.modeling import attach
 from dynaconv.train.engine import Engine
+from dynaconv.train.router_kinds import router_layout, starts_from
 from dynaconv.train.trainable import add_adapters, choose, merged
 
 
-def routed_model(folder: Path, tuning: FinetuneConfig) -> Any:
-    """The carved model in fp32 with the routers that ``tuning`` trains, and all else that it does not frozen.
+def trainable_model(folder: Path, tuning: FinetuneConfig) -> Any:
+    """The carved model in fp32 with the routers that ``tuning`` trains, and all else that it does not train frozen.
 
-    ``curve`` routers and those of routed experts start from the closed-form ones, the others silent: every token alike.
+    Routers of a kind that carve solves start from its solution, whose scores they give exactly; others start silent,
+    with the same score for every token.
     """
     layout = Layout.load(folder)
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if tuning.trainable == "lora":
         add_adapters(stock, tuning)
-    router = router_layout(tuning, stock.config.hidden_size, routed=layout.routed)
-    model = attach(stock, replace(layout, router=router, dial=None, frontier={}))
-    if router.kind == layout.router.kind in ("curve", "blocks"):
+    router = router_layout(tuning, stock.config.hidden_size, layout.router)
+    model = attach(stock, replace(layout, router=router, dial=None, frontier=None))
+    if starts_from(layout.router, router.kind):
         known = read_tensors(folder / ROUTER_FILE)
         for ffn in model.ffns():
-            prefix = f"layers.{ffn.layer}.router."
+            prefix = f"layers.{ffn.site.index}.router."
             own = {name.removeprefix(prefix): value for name, value in known.items() if name.startswith(prefix)}
-            ffn.router.load_state_dict(own, strict=False)
+            ffn.router.load_state_dict(own, strict=False)  # the hidden branch is new, and silent
     choose(model, tuning.trainable)
     if tuning.gradient_checkpointing:
         # transformers 5.23 has a new name for it and warns at the old one
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return model
-
-
-def router_layout(tuning: FinetuneConfig, hidden_size: int, *, routed: bool = False) -> RouterLayout:
-    """Routers of the kind that ``tuning`` trains, for a residual width of ``hidden_size``, of routed experts or not."""
-    if tuning.router == "uniform":
-        return RouterLayout()
-    rank = tuning.router_rank or 64 * math.ceil(hidden_size / 16 / 64)
-    kind = "blocks" if routed else tuning.router
-    return RouterLayout(kind, linear=kind != "gate", rank=rank, bound=tuning.bound)
 
 
 def write_checkpoint(engine: Engine, carved: Path, folder: Path, shard_bytes: int) -> None:
@@ -85,7 +77,7 @@ def write_checkpoint(engine: Engine, carved: Path, folder: Path, shard_bytes: in
     copy_side_files(carved, folder)
     shutil.copyfile(carved / "config.json", folder / "config.json")
     network.layout.save(folder)
-    if network.layout.router.kind != "none":
+    if tuned:
         write_tensors(folder / ROUTER_FILE, tuned)
 
 
@@ -93,7 +85,7 @@ def router_names(network: Any) -> dict[str, str]:
     """What ``router_state`` calls the router parameters, by the network's own names."""
     places = {id(module): name for name, module in network.named_modules()}
     return {
-        f"{places[id(ffn)]}.router.{name}": f"layers.{ffn.layer}.router.{name}"
+        f"{places[id(ffn)]}.router.{name}": f"layers.{ffn.site.index}.router.{name}"
         for ffn in network.ffns()
         for name, _ in ffn.router.named_parameters()
     }

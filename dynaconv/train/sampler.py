@@ -1,4 +1,4 @@
-"""Which dial a step trains at: a pure function of seed and step, so that resuming needs no random state."""
+"""How many steps a run has and which dial each trains at: pure functions, so that resuming needs no random state."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import math
 import random
 from dataclasses import dataclass
 
-from dynaconv.config import FinetuneConfig
+from dynaconv.config import FinetuneConfig, RunConfig
+from dynaconv.kernels.partition import Partition
+from dynaconv.rules import NO_ROUTER
 
 
 @dataclass(frozen=True)
@@ -15,15 +17,20 @@ class Draw:
 
     Attributes:
         budget: Active FFN share.
-        routed: Whether routers decide; otherwise all tokens get the same width.
+        by_router: Whether routers decide; otherwise all tokens get the same width.
         full: Whether the step trains the full dial and nothing else.
         higher: A second budget, not below the first, for the consistency loss.
     """
 
     budget: float
-    routed: bool
+    by_router: bool
     full: bool = False
     higher: float = 1.0
+
+
+def steps_of(config: RunConfig) -> int:
+    """Optimizer steps of a run, at least one."""
+    return max(1, config.finetune.tokens // (config.finetune.batch_size * config.data.sequence_length))
 
 
 def draw(config: FinetuneConfig, seed: int, step: int, steps: int) -> Draw:
@@ -38,19 +45,14 @@ def draw(config: FinetuneConfig, seed: int, step: int, steps: int) -> Draw:
     if config.anchor is not None and step >= config.anchor_after * steps:
         budget = config.anchor
     begin = 0.0 if config.trainable == "routers" else config.uniform_share * steps
-    routed = config.router != "uniform" and step >= begin
+    by_router = config.router != NO_ROUTER and step >= begin
     full = chance.random() < config.full_share
-    return Draw(budget, routed, full, higher=budget + chance.random() * max(0.0, high - budget))
+    return Draw(budget, by_router, full, higher=budget + chance.random() * max(0.0, high - budget))
 
 
-def uniform_width(budget: float, blocks: int) -> int:
-    """The width nearest to ``budget`` for all tokens, at least one block."""
-    return max(1, round(budget * blocks))
-
-
-def rate(step: int, steps: int, warmup: int) -> float:
-    """Learning-rate factor: linear warm-up, cosine decay to zero."""
-    return min(1.0, (step + 1) / max(1, warmup)) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+def uniform_width(budget: float, partition: Partition) -> int:
+    """The number of first blocks whose share of the neurons is nearest to ``budget``, at least one."""
+    return max(1, int((partition.prefix_shares() - budget).abs().argmin()))
 
 
 def _sample(chance: random.Random, distribution: str, low: float, high: float) -> float:

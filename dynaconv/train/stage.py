@@ -14,8 +14,8 @@ from dynaconv.pipeline.stage import Dense, Estimate, Stage, StageContext
 
 if TYPE_CHECKING:
     from dynaconv.data.windows import Windows
-    from dynaconv.train.loop import Trainer
     from dynaconv.train.state import Position
+    from dynaconv.train.step import Trainer
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -32,12 +32,13 @@ class FinetuneStage(Stage):
     unfingerprinted = tuple(f"finetune.{name}" for name in ("explosion", "save_every", "statistics_every", "wandb"))
 
     def problems(self, config: RunConfig) -> list[str]:
-        """Packages that are missing, and a file of DeepSpeed settings that contradicts the recipe."""
+        """Losses that teach nothing, packages that are missing, DeepSpeed settings that contradict the recipe."""
         from importlib.util import find_spec
 
         from dynaconv.train.deepspeed_config import deepspeed_config
+        from dynaconv.train.objectives.validity import problems_of_losses
 
-        found, engine = [], config.engine
+        found, engine = list(problems_of_losses(config.finetune)), config.engine
         if config.finetune.trainable == "lora" and find_spec("peft") is None:
             found.append("finetune.trainable is 'lora', which needs peft: pip install 'dynaconv[lora]'")
         if engine.kind == "deepspeed" and find_spec("deepspeed") is None:
@@ -52,7 +53,7 @@ class FinetuneStage(Stage):
     def estimate(self, config: RunConfig, source: Dense, parent: Dense | None = None) -> Estimate:
         """What training takes on one device, with the parent that teaches beside it."""
         from dynaconv.arch.checkpoint import Checkpoint
-        from dynaconv.train.cost import finetune_estimate
+        from dynaconv.train.estimate import finetune_estimate
 
         return finetune_estimate(config, Checkpoint.open(source), Checkpoint.open(parent or source))
 
@@ -61,19 +62,22 @@ class FinetuneStage(Stage):
         import torch
 
         from dynaconv.arch.stock import load_dense
-        from dynaconv.train.cost import needs_parent, steps
+        from dynaconv.train.budget_controller import BudgetController
         from dynaconv.train.engine import build_engine
-        from dynaconv.train.loop import Trainer
-        from dynaconv.train.model import routed_model, write_checkpoint
+        from dynaconv.train.model import trainable_model, write_checkpoint
+        from dynaconv.train.objectives.registry import needs_parent
+        from dynaconv.train.sampler import steps_of
         from dynaconv.train.state import load_state
+        from dynaconv.train.step import Trainer
         from dynaconv.train.tracking import recorded
         from dynaconv.train.watch import Watch, memory_errors, watched
 
         config, tuning, metrics_file = context.config, context.config.finetune, context.work / METRICS_FILE
+        steps = steps_of(config)
         torch.manual_seed(config.seed)
         ranks = context.ranks
         with memory_errors(config, ranks.world):
-            network = routed_model(context.inputs["dynamic"], tuning)
+            network = trainable_model(context.inputs["dynamic"], tuning)
             if not ranks.main:
                 torch.manual_seed(config.seed + (ranks.rank << 32))  # another dropout on each rank
             require_space(context.work, 2 * 12 * sum(p.numel() for p in network.parameters() if p.requires_grad))
@@ -82,18 +86,19 @@ class FinetuneStage(Stage):
             windows = training_windows(context, network.config.vocab_size, network.config.max_position_embeddings)
             start = load_state(context.work, engine)
             if start.step:
-                context.log.info("resuming after step %d of %d", start.step, steps(config))
+                context.log.info("resuming after step %d of %d", start.step, steps)
             seen = [watched(line) for line in recorded(metrics_file)[: start.step]] if ranks.main else []
             watch = Watch(tuning.explosion, ranks.broadcast_object(seen))
-            trainer = Trainer(engine, tuning, windows, steps(config), config.seed, parent, start.drift, watch)
+            controller = BudgetController(start.budget_error)
+            trainer = Trainer(engine, tuning, windows, steps, config.seed, parent, controller, watch)
             seconds = train(trainer, context, start)
         write_checkpoint(engine, context.inputs["dynamic"], context.folder, config.carve.shard_bytes)
         if not ranks.main:
             return {}
         shutil.copy(metrics_file, context.folder / METRICS_FILE)
-        last, tokens = recorded(metrics_file)[-1], steps(config) * tuning.batch_size * config.data.sequence_length
+        last, tokens = recorded(metrics_file)[-1], steps * tuning.batch_size * config.data.sequence_length
         return {name: last[name] for name in ("loss_full", "loss_dial", "kl_dial") if name in last} | {
-            "steps": steps(config),
+            "steps": steps,
             "tokens": tokens,
             "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
         }
@@ -131,7 +136,7 @@ def train(trainer: Trainer, context: StageContext, start: Position) -> float:
             end = float(engine.ranks.sum(torch.tensor(float(asked())))) > 0
             if end or ((step + 1) % tuning.save_every == 0 and step + 1 < total):
                 elapsed = start.seconds + time.monotonic() - begun
-                save_state(context.work, engine, Position(step + 1, trainer.drift, elapsed))
+                save_state(context.work, engine, Position(step + 1, trainer.controller.error, elapsed))
             if end:
                 context.log.info("asked to end: saved the state after step %d of %d", step + 1, total)
                 raise KeyboardInterrupt

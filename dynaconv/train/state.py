@@ -7,7 +7,7 @@ The data order and the dial are pure functions of seed and step, so the step is 
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -29,12 +29,12 @@ class Position:
 
     Attributes:
         step: Steps done.
-        drift: State of the share controller.
+        budget_error: State of the controller of the share that is spent.
         seconds: Training time so far.
     """
 
     step: int = 0
-    drift: float = 0.0
+    budget_error: float = 0.0
     seconds: float = 0.0
 
 
@@ -70,7 +70,7 @@ def load_state(work: Path, engine: Engine) -> Position:
 
     Raises:
         StaleArtifactError: It is from another run, or made with other settings.
-        ArtifactError: Another engine, or another number of ranks where the engine cannot do with that, saved it.
+        ArtifactError: Another engine or version saved it, or another number of ranks where the engine needs the same.
     """
     folders = sorted(work.glob(f"{PREFIX}*"))
     if not folders:
@@ -83,6 +83,14 @@ def load_state(work: Path, engine: Engine) -> Position:
             expected=f"fingerprint {_run(work)[:HEX_SHOWN]}",
             found=f"fingerprint {saved['run'][:HEX_SHOWN]}",
             hint="put it back where it came from, or remove this folder to begin again",
+        )
+    if set(saved["position"]) != {entry.name for entry in fields(Position)}:
+        raise ArtifactError(
+            "another version of dynaconv saved the training state",
+            where=folders[-1],
+            expected=", ".join(entry.name for entry in fields(Position)),
+            found=", ".join(saved["position"]),
+            hint="go on with that version, or remove this folder to begin again",
         )
     engine_and_world = (saved["engine"], saved["world"])
     same_world = saved["world"] == engine.ranks.world

@@ -10,7 +10,34 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dynaconv.dynamic.recorder import Recorder
+from dynaconv.train.micro_batch import MicroBatch
+from dynaconv.train.objectives.base import Outcome
+from dynaconv.train.tokens import real_tokens
+
 BINS = 8  # of difficulty, each with as many tokens
+
+
+def share_spent(recorder: Recorder, mask: Tensor | None) -> float:
+    """Mean active share that was recorded, over sites and the tokens where ``mask`` (B, T) says no padding."""
+    return torch.stack([real_tokens(found[0], mask).mean() for found in recorder.shares.values()]).mean().item()
+
+
+def score_std(recorder: Recorder, mask: Tensor | None, features: int) -> float:
+    """Standard deviation of the scores that were recorded, over sites, tokens (and blocks)."""
+    scores = [real_tokens(found[0].float(), mask, features=features) for found in recorder.scores.values()]
+    return torch.stack(scores).std().item()
+
+
+def micro_batch_statistics(
+    micro: MicroBatch, recorder: Recorder, outcome: Outcome, blocks: int, accuracies: Mapping[int, float]
+) -> dict[str, float]:
+    """:func:`router_statistics` over the scored tokens of a micro-batch, weighted by its share of the step."""
+    ids, mask = micro.batch.input_ids, micro.batch.predicted
+    widths = {site: found[0].view_as(ids)[:, :-1][mask] for site, found in recorder.widths.items()}
+    losses = -outcome["full"].gather(1, outcome.targets[:, None])[:, 0]
+    found = router_statistics(widths, ids[:, :-1][mask], losses, blocks, accuracies)
+    return {name: value * micro.weights["scored"] for name, value in found.items()}
 
 
 def router_statistics(
@@ -32,7 +59,7 @@ def router_statistics(
     for layer, used in sorted(widths.items()):
         counts = torch.bincount(used, minlength=blocks + 1).double()
         found[f"layer{layer}/width_mean"] = used.double().mean().item()
-        found[f"layer{layer}/width_deviation"] = used.double().std(correction=0).item()
+        found[f"layer{layer}/width_std"] = used.double().std(correction=0).item()
         found[f"layer{layer}/width_entropy"] = entropy(counts).item()
         found[f"layer{layer}/token_information"] = information(used, ids, order).item()
         found[f"layer{layer}/difficulty_information"] = information(used, difficulty, order).item()

@@ -11,8 +11,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from dynaconv.config import FinetuneConfig
+from dynaconv.dynamic.ffn import DynamicFFN
 
 BASE, DOWN, UP = ".base_layer.", ".lora_A.", ".lora_B."
 
@@ -20,7 +22,6 @@ BASE, DOWN, UP = ".base_layer.", ".lora_A.", ".lora_B."
 def add_adapters(stock: nn.Module, config: FinetuneConfig) -> None:
     """Puts an adapter on each linear layer of ``stock`` but its head, in place; they start as no change at all."""
     from peft import LoraConfig, inject_adapter_in_model
-    from transformers.pytorch_utils import Conv1D
 
     head = stock.get_output_embeddings()  # type: ignore[operator]
     layers = {name: m for name, m in stock.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
@@ -47,6 +48,15 @@ def choose(network: Any, trainable: str) -> None:
     for name, parameter in network.named_parameters():
         adapter = trainable == "lora" and (DOWN in name or UP in name)
         parameter.requires_grad_(adapter or id(parameter) in chosen)
+
+
+def down_weight(ffn: DynamicFFN) -> Tensor:
+    """The matrix (D, F) that the down projection of ``ffn`` computes with: its weight, and what its adapters add."""
+    module: Any = ffn.projections()[-1]
+    weight: Tensor = module.weight
+    for adapter in getattr(module, "active_adapters", ()):
+        weight = weight + module.get_delta_weight(adapter)
+    return weight.t() if isinstance(getattr(module, "base_layer", module), Conv1D) else weight
 
 
 def merged(network: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""What fine-tuning will take: passes of a step, memory, FLOPs. Known from settings and headers, without torch's models.
+"""What fine-tuning will take: passes of a step, memory, FLOPs. Known from settings and headers, without any model.
 
 D residual width, F FFN width, V vocabulary, L layers.
 """
@@ -12,6 +12,10 @@ from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.config import EngineConfig, FinetuneConfig, RunConfig
 from dynaconv.pipeline.stage import Estimate
 from dynaconv.train.memory_cost import DEEPSPEED_BYTES, PEFT_BYTES, Graph, Weights, peak_bytes
+from dynaconv.train.objectives.base import Objective
+from dynaconv.train.objectives.registry import needs_parent, passes_of, weighted
+from dynaconv.train.router_kinds import router_objective
+from dynaconv.train.sampler import steps_of
 
 # Blocks of D and of F channels that each layer keeps for the backward pass, by what is trained. Weights that are frozen
 # do not need their inputs. Adapters need theirs (7 and 4), and the small blocks that they keep lie in the gaps that the
@@ -20,62 +24,56 @@ KEPT = {"all": (10, 4), "ffn": (5, 4), "routers": (6, 3), "lora": (10, 6)}
 
 
 @dataclass(frozen=True)
-class Passes:
+class PassCount:
     """Passes over a step's tokens, on average over a run. Dense training makes one forward and one backward pass.
 
     Attributes:
         forward: Forward passes of the model.
         backward: Backward passes of the model.
         parent: Forward passes of the frozen parent.
-        again: Forward passes that activation checkpointing makes a second time.
+        recomputed: Forward passes that activation checkpointing makes a second time.
     """
 
-    forward: float
-    backward: float
-    parent: float
-    again: float = 0.0
+    forward: float = 0.0
+    backward: float = 0.0
+    parent: float = 0.0
+    recomputed: float = 0.0
 
     @property
     def dense(self) -> float:
         """How many times the FLOPs of dense training that is; a backward pass costs two forward passes."""
-        return (self.forward + 2 * self.backward + self.parent + self.again) / 3
+        return (self.forward + 2 * self.backward + self.parent + self.recomputed) / 3
 
     def __str__(self) -> str:
         said = f"{self.forward:g} forward and {self.backward:g} backward passes"
         said += f", {self.parent:g} forward of the parent" if self.parent else ""
-        return said + (f", {self.again:g} forward again" if self.again else "")
+        return said + (f", {self.recomputed:g} forward again" if self.recomputed else "")
 
 
-def steps(config: RunConfig) -> int:
-    """Optimiser steps of a run."""
-    return max(1, math.floor(config.finetune.tokens / (config.finetune.batch_size * config.data.sequence_length)))
+def pass_count(tuning: FinetuneConfig) -> PassCount:
+    """Passes of a step once every loss that has a weight is on and routers decide: what its objectives need."""
+    found = PassCount()
+    for share, active in _steps_by_kind(tuning):
+        passes = passes_of(active, by_router=_by_router(tuning))
+        students = {one.student for one in active}
+        backward = len(students - {"full"} if tuning.trainable == "routers" else students)
+        found = PassCount(
+            forward=found.forward + share * len(passes & {"full", "second", "dial"}),
+            backward=found.backward + share * backward,
+            parent=found.parent + share * ("parent" in passes),
+        )
+    return replace(found, recomputed=found.backward if tuning.gradient_checkpointing else 0.0)
 
 
-def needs_parent(tuning: FinetuneConfig) -> bool:
-    """Whether the frozen dense checkpoint teaches."""
-    return tuning.losses.distill_full.weight > 0 or (tuning.teacher == "parent" and tuning.losses.distill.weight > 0)
+def _steps_by_kind(tuning: FinetuneConfig) -> list[tuple[float, list[Objective]]]:
+    """Shares of the steps, and what each minimises: those at a sampled dial, and those at the full dial only."""
+    active = list(weighted(tuning).values())
+    at_full = [objective for objective in active if objective.student == "full"]
+    return [(1 - tuning.full_share, active), (tuning.full_share, at_full)]
 
 
-def passes(tuning: FinetuneConfig) -> Passes:
-    """Passes of a step once every loss that has a weight is on."""
-    losses, routed = tuning.losses, tuning.router != "uniform"
-    full = losses.full.weight + losses.distill_full.weight > 0
-    by_self = tuning.teacher == "self" and losses.distill.weight > 0
-    share = _dial_share(tuning)  # of the steps that run the sampled dial
-    backward = full * (tuning.trainable != "routers") + share
-    return Passes(
-        forward=max(float(full), share * (routed or by_self)) + share * (1 + (losses.consistency.weight > 0)),
-        backward=backward,
-        parent=float(needs_parent(tuning)),
-        again=backward if tuning.gradient_checkpointing else 0.0,
-    )
-
-
-def _dial_share(tuning: FinetuneConfig) -> float:
-    losses = tuning.losses
-    labelled = tuning.router in ("curve", "class") and losses.router.weight > 0
-    weight = losses.dial.weight + losses.distill.weight + losses.consistency.weight
-    return (1 - tuning.full_share) * (weight > 0 or labelled)
+def _by_router(tuning: FinetuneConfig) -> bool:
+    return router_objective(tuning) != "none"
 
 
 def finetune_estimate(config: RunConfig, checkpoint: Checkpoint, parent: Checkpoint) -> Estimate:
@@ -86,8 +84,8 @@ def finetune_estimate(config: RunConfig, checkpoint: Checkpoint, parent: Checkpo
         checkpoint: What is trained.
         parent: The frozen model that may teach; it is held in the dtype that it is stored in.
     """
-    tuning, counted = config.finetune, passes(config.finetune)
-    teaching = replace(counted, forward=0.0, backward=0.0, again=0.0)
+    tuning, counted = config.finetune, pass_count(config.finetune)
+    teaching = PassCount(parent=counted.parent)
     training = replace(counted, parent=0.0)
     flops = 6.0 * (training.dense * checkpoint.parameters + teaching.dense * parent.parameters) * tuning.tokens
     batch = f"{tuning.batch_size} x {config.data.sequence_length} tokens"
@@ -96,7 +94,7 @@ def finetune_estimate(config: RunConfig, checkpoint: Checkpoint, parent: Checkpo
         peak_bytes=memory + needs_parent(tuning) * parent.reader.total_bytes + _imported(config),
         disk_bytes=checkpoint.reader.total_bytes,
         flops=flops,
-        notes=(f"{steps(config)} steps of {batch}", f"{counted} a step", *_shared(config.engine)),
+        notes=(f"{steps_of(config)} steps of {batch}", f"{counted} a step", *_shared(config.engine)),
     )
 
 
@@ -111,19 +109,22 @@ def weights_of(tuning: FinetuneConfig, checkpoint: Checkpoint) -> Weights:
 
 def graph_of(config: RunConfig, checkpoint: Checkpoint) -> Graph:
     """What the largest backward pass of a step keeps: the one at the sampled dial, where there is one."""
-    tuning, sizes, dial = config.finetune, checkpoint.sizes, _dial_share(config.finetune) > 0
+    tuning, sizes = config.finetune, checkpoint.sizes
+    passes = (
+        passes_of(weighted(tuning).values(), by_router=_by_router(tuning)) if tuning.full_share < 1 else frozenset()
+    )
+    dial, teachers = "dial" in passes, needs_parent(tuning)
     by_width, by_neurons = KEPT[tuning.trainable]
     by_neurons += dial  # activations before and after they are masked
     # Log-probabilities, and what the loss makes of them; of a divergence, its teacher's and exp of these.
-    by_vocabulary = (5 + needs_parent(tuning)) if dial else (3 + 2 * needs_parent(tuning))
-    by_vocabulary += 2 * (dial and tuning.losses.consistency.weight > 0)
+    by_vocabulary = 5 + teachers + 2 * ("second" in passes) if dial else 3 + 2 * teachers
     layers = checkpoint.layers
     if tuning.gradient_checkpointing:  # what goes into each layer; one layer recomputed, and its gradients
         by_width, by_neurons = layers + 2 * by_width, 2 * by_neurons
     else:
         by_width, by_neurons = layers * by_width, layers * by_neurons
     tokens = tuning.batch_size * config.data.sequence_length // (tuning.accumulation * config.engine.nproc)
-    again = tuning.accumulation > 1 or passes(tuning).backward > 1
+    again = tuning.accumulation > 1 or pass_count(tuning).backward > 1
     return Graph(tokens, sizes["residual"], sizes["ffn"], sizes["vocab"], by_width, by_neurons, by_vocabulary, again)
 
 
