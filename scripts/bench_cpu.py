@@ -24,9 +24,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from dynaconv.kernels.cpu import prefix_ffn
 from torch.nn.functional import linear, silu
 
-from dynaconv.kernels.cpu import prefix_ffn
 from dynaconv.kernels.dispatch import decide, nested_ffn
 from dynaconv.kernels.reference import block_ffn, hidden_neurons, width_masks
 from dynaconv.kernels.weights import FFNWeights

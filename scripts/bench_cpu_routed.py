@@ -19,9 +19,9 @@ from typing import Annotated, Any
 import torch
 import typer
 from bench_cpu import TOLERANCE, Bench, environment, medians
+from dynaconv.dynamic.router import Router
 
 from dynaconv.dynamic.layout import RouterLayout
-from dynaconv.dynamic.router import Router
 from dynaconv.kernels.dispatch import decide_routed, nested_ffn, routed_ffn
 from dynaconv.kernels.reference import bit_masks, block_ffn
 

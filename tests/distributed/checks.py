@@ -17,17 +17,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from conftest import make_checkpoint
+from dynaconv.dynamic.context import using
+from dynaconv.train.loop import Trainer
+from dynaconv.train.routing import Gated
 from dynamic_models import dynamic_model, token_ids
 from torch import Tensor
 
 from dynaconv.arch.stock import load_dense
 from dynaconv.config import EngineConfig, FinetuneConfig, RunConfig
 from dynaconv.data.windows import Windows
-from dynaconv.dynamic.context import using
 from dynaconv.ranks import Ranks, leave
 from dynaconv.train.engine import Engine, build_engine
-from dynaconv.train.loop import Trainer
-from dynaconv.train.routing import Gated
 from dynaconv.train.state import Position, load_state, save_state
 from dynaconv.train.trainable import choose
 

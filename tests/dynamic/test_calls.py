@@ -21,7 +21,6 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample":
 every_kind = pytest.mark.parametrize("kind", ["width", "linear"])
 
 
-
 def spent(model: Any, run: Callable[[], Any]) -> set[float]:
     """Mean shares of the forward passes that ``run`` makes of ``model``."""
     recorder = Recorder()

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from dynaconv.dynamic.context import recording
 from tiny_families import FAMILIES
 from tiny_run import convert, documents_file, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dynaconv
 from dynaconv.artifacts.files import read_json
-from dynaconv.dynamic.context import recording
 from dynaconv.errors import ExportError
 from dynaconv.export.check import check
 

@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from dynaconv.dynamic.context import using
+from dynaconv.train.cost import passes
+from dynaconv.train.loop import Trainer
+from dynaconv.train.losses import cross_entropy, divergence, log_probabilities, weight, weights
+from dynaconv.train.passes import Micro, Passes, Plan
 from dynamic_models import SELF_TAUGHT, dynamic_model
 from torch.nn import functional
 
 from dynaconv.config import FinetuneConfig, LossConfig, LossesConfig
 from dynaconv.data.windows import Batch, Windows, training_batch
-from dynaconv.dynamic.context import using
 from dynaconv.dynamic.policy import Uniform
 from dynaconv.ranks import Ranks
-from dynaconv.train.cost import passes
 from dynaconv.train.engine import TorchEngine
-from dynaconv.train.loop import Trainer
-from dynaconv.train.losses import cross_entropy, divergence, log_probabilities, weight, weights
-from dynaconv.train.passes import Micro, Passes, Plan
 
 Maker = Callable[..., Path]
 CONFIG = FinetuneConfig(**SELF_TAUGHT, batch_size=4, uniform_share=0.0, statistics_every=0)

@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from dynaconv.dynamic.context import using
+from dynaconv.train.cost import finetune_estimate, graph_of
+from dynaconv.train.routing import Gated
 from dynamic_models import SELF_TAUGHT, dynamic_model, token_ids
 from torch import Tensor
 
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.config import EngineConfig, FinetuneConfig, LossConfig, LossesConfig, RunConfig
-from dynaconv.dynamic.context import using
 from dynaconv.ranks import Ranks
 from dynaconv.train import engine as engines
-from dynaconv.train.cost import finetune_estimate, graph_of
 from dynaconv.train.deepspeed_config import BUCKET
 from dynaconv.train.memory_cost import HEAP_BLOCK, WORD, Graph, Weights, held
-from dynaconv.train.routing import Gated
 from dynaconv.train.trainable import choose
 
 Maker = Callable[..., Path]

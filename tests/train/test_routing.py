@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from dynaconv.dynamic.context import recording, using
+from dynaconv.train.losses import cross_entropy, divergence, log_probabilities
+from dynaconv.train.routing import Gated, Labelled, Scored, spent_share
 from dynamic_models import dynamic_model, token_ids
 from torch.nn import functional
 
-from dynaconv.dynamic.context import recording, using
 from dynaconv.profile.curves import agreements, relative_errors, width_by_cosine
-from dynaconv.train.losses import cross_entropy, divergence, log_probabilities
-from dynaconv.train.routing import Gated, Labelled, Scored, spent_share
 
 Maker = Callable[..., Path]
 

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from dynaconv.dynamic.context import using
+from dynaconv.train.cost import trained
+from dynaconv.train.loop import Trainer
 from dynamic_models import SELF_TAUGHT, dynamic_model, token_ids
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -16,13 +19,10 @@ from transformers import AutoModelForCausalLM
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.config import FinetuneConfig
 from dynaconv.data.windows import Windows
-from dynaconv.dynamic.context import using
 from dynaconv.dynamic.modeling import load
 from dynaconv.dynamic.policy import Uniform
 from dynaconv.ranks import Ranks
-from dynaconv.train.cost import trained
 from dynaconv.train.engine import TorchEngine
-from dynaconv.train.loop import Trainer
 from dynaconv.train.model import routed_model, write_checkpoint
 
 Maker = Callable[..., Path]

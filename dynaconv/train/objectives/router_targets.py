@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from dynaconv.config import FinetuneConfig
-from dynaconv.profile.curves import agreements, log_errors, relative_errors, width_by_cosine
 from dynaconv.dynamic.ffn import DynamicFFN
 from dynaconv.dynamic.recorder import Record, Recorder
 from dynaconv.dynamic.routers.base import Router
 from dynaconv.kernels.partition import Partition
+from dynaconv.profile.curves import agreements, log_errors, relative_errors, width_by_cosine
 from dynaconv.train.objectives.base import Objective, Outcome
 from dynaconv.train.router_kinds import router_objective
 from dynaconv.train.tokens import real_tokens
