@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["OMP_NUM_THREADS"] = "1"  # child processes too: nothing is chosen by the clock
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # tests with two threads must not crawl on busy cores
 
 from collections.abc import Callable
 from pathlib import Path

@@ -186,6 +186,7 @@ def test_threads_are_chosen_for_the_shape_said_and_no_part_of_the_key(
 
     monkeypatch.setattr("dynaconv.train.pretrain.choose", choose)
     monkeypatch.setattr("dynaconv.train.pretrain._train", train)
+    monkeypatch.setattr("dynaconv.train.pretrain.held_out_loss", lambda *arguments: 0.0)
     free = dataclasses.replace(settings, schedule=dataclasses.replace(SHORT, tokens=256, threads=None))
     folder = defaults.default_source(Progress(), free)
     assert asked == [Work(tokens=4 * 64, hidden=32, ffn=64)]
