@@ -1,4 +1,4 @@
-"""Levels meet their budgets while gated, and the table they make is monotone."""
+"""Thresholds meet their budgets while gated, and the table they make is monotone."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dynamic_models import dynamic_model, token_ids
 
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.calibrate.solve import solve_budget
-from dynaconv.calibrate.sweep import Text, levels_for, measure, uniform_table
+from dynaconv.calibrate.sweep import Text, measure, thresholds_for, uniform_table
 from dynaconv.config import CalibrateConfig
 from dynaconv.data.windows import Batch
-from dynaconv.dynamic.policy import Routed
+from dynaconv.dynamic.policy import at_one_threshold
 from dynaconv.evaluation.cost import CostModel
 from dynaconv.evaluation.scoring import score
 from dynaconv.progress import Progress
@@ -25,17 +25,17 @@ BATCHES = [Batch(token_ids(8, 64, seed=seed)) for seed in range(2)]
 COST = CostModel(10, 100, 10, 5, 1, 8, 4, 4, 16, 4)
 
 
-@pytest.mark.parametrize("kind", ["gate", "curve", "class", "blocks"])
+@pytest.mark.parametrize("kind", ["width", "curve", "class", "linear"])
 @pytest.mark.parametrize("budget", [0.4, 0.7])
 def test_gated_share_is_the_budget(tiny_checkpoint: Maker, kind: str, budget: float) -> None:
     model = dynamic_model(tiny_checkpoint(), kind)
     solved = solve_budget(model, BATCHES, budget, tolerance=0.01, iterations=12)
-    spent = score(model, BATCHES, Routed(torch.full((2,), solved.level))).active_share
+    spent = score(model, BATCHES, at_one_threshold(solved.threshold, 2)).active_share
     assert spent == pytest.approx(solved.share)
     assert spent == pytest.approx(budget, abs=0.01)
 
 
-def test_padding_does_not_move_the_level(tiny_checkpoint: Maker) -> None:
+def test_padding_does_not_move_the_threshold(tiny_checkpoint: Maker) -> None:
     model = dynamic_model(tiny_checkpoint())
     ids = token_ids(8, 64)
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -46,18 +46,18 @@ def test_padding_does_not_move_the_level(tiny_checkpoint: Maker) -> None:
     assert solved[0] == solved[1]
 
 
-@pytest.mark.parametrize("kind", ["gate", "blocks", "none"])
+@pytest.mark.parametrize("kind", ["width", "linear", "none"])
 def test_sweep_measures_a_monotone_dial(tiny_checkpoint: Maker, kind: str) -> None:
     folder = tiny_checkpoint(ffn=64)  # blocks of 16, so that a quarter is one block
     model, parent = dynamic_model(folder, kind), dynamic_model(folder, "none")
     config, text = CalibrateConfig(budgets=[0.25, 0.5, 0.75]), Text(BATCHES[:1], BATCHES[1:])
     with Progress(quiet=True).task("calibrate", 8) as task:
         routed = kind != "none"
-        table = levels_for(model, text, config, task) if routed else uniform_table(model.layout, config.budgets)
-        model.layout = model.layout.with_dial(table, {})
+        table = thresholds_for(model, text, config, task) if routed else uniform_table(model.layout, config.budgets)
+        model.layout = model.layout.with_dial(table, None)
         frontier = measure(model, parent, text, (COST, COST), 3, task)
     assert table.budgets == (0.25, 0.5, 0.75, 1.0)
-    assert all(a <= b for low, high in pairwise(table.levels) for a, b in zip(low, high, strict=True))
+    assert all(a >= b for low, high in pairwise(table.thresholds) for a, b in zip(low, high, strict=True))
     rows = frontier.points
     shares = [row.active_share for row in rows]
     assert shares == sorted(shares) and shares[-1] == 1.0
@@ -74,7 +74,7 @@ def test_sweep_measures_a_monotone_dial(tiny_checkpoint: Maker, kind: str) -> No
 def test_the_full_dial_costs_what_the_dense_model_does(tiny_checkpoint: Maker) -> None:
     folder = tiny_checkpoint(ffn=64)
     model, parent = dynamic_model(folder), dynamic_model(folder, "none")
-    model.layout = model.layout.with_dial(uniform_table(model.layout, [0.5]), {})
+    model.layout = model.layout.with_dial(uniform_table(model.layout, [0.5]), None)
     checkpoint = Checkpoint.open(folder)
     routers = sum(value.numel() for value in model.router_state().values())
     costs = tuple(CostModel.of(checkpoint, router=elements, context=32) for elements in (0, routers))

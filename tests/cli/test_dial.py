@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from dynaconv.dynamic.layout import FFNLayout, Layout
+from dynaconv.frontier import Frontier
+from dynaconv.kernels.partition import Partition
 
 POINT = {"budget", "active_share", "flops_per_token", "bytes_per_token", "loss", "quality", "agreement", "tokens_per_s"}
 QUALITIES = {0.25: 0.7, 0.5: 0.9, 0.75: 0.97, 1.0: 0.995}
@@ -40,7 +41,7 @@ def model(tmp_path: Path) -> Path:
     parent = {"loss": 1.5, "flops_per_token": 2e6, "bytes_per_token": 2e6, "tokens_per_s": None}
     frontier = {"parent": parent, "frontier": [row(*pair) for pair in QUALITIES.items()]}
     ffn = FFNLayout("model.layers.{layer}.mlp", "gate_proj", "up_proj", "down_proj", "hidden_act")
-    Layout(edges=(0, 8, 16), layers=1, ffn=ffn, frontier=frontier).save(folder)
+    Layout(Partition.equal(16, 8), layers=1, ffn=ffn, frontier=Frontier.from_json(frontier)).save(folder)
     return folder
 
 
@@ -82,8 +83,9 @@ def test_a_quality(dynaconv: Callable, model: Path) -> None:
 
 def test_a_quality_above_the_parents(dynaconv: Callable, model: Path) -> None:
     layout = Layout.load(model)
-    points = [{**point, "quality": point["quality"] + 0.1} for point in layout.frontier["frontier"]]
-    layout.with_dial(None, {**layout.frontier, "frontier": points}).save(model)  # type: ignore[arg-type]
+    assert layout.frontier is not None
+    points = tuple(replace(point, quality=point.quality + 0.1) for point in layout.frontier.points)
+    replace(layout, frontier=replace(layout.frontier, points=points)).save(model)
     assert chosen(dynaconv, model, "--quality", 1.07)["budget"] == 0.75
 
 
@@ -91,16 +93,12 @@ def test_a_quality_means_the_same_budget_to_the_command_and_to_the_model(dynacon
     import dynaconv as package
 
     loaded = package.load(converted / "05-export")
-    qualities = [point["quality"] for point in loaded.layout.frontier["frontier"]]
+    qualities = [point.quality for point in loaded.layout.frontier.points]
     for quality in [*qualities, *(sum(pair) / 2 for pair in pairwise(qualities)), min(qualities) / 2]:
         budget = chosen(dynaconv, converted, "--quality", repr(quality))["dial"]
         asked = package.Dial(quality=quality)
-        assert asked.resolved(loaded.layout.dial) == budget
-        assert torch.equal(levels(loaded, asked), levels(loaded, package.Dial(budget=budget)))
-
-
-def levels(model: Any, dial: Any) -> torch.Tensor:
-    return torch.tensor(dial.levels(model.layout.dial, model.layout.layers))
+        assert asked.resolved(loaded.layout) == budget
+        assert asked.thresholds(loaded.layout) == package.Dial(budget=budget).thresholds(loaded.layout)
 
 
 def test_neither_shows_where_the_model_stands(dynaconv: Callable, model: Path) -> None:
@@ -177,7 +175,7 @@ def test_what_is_no_model(dynaconv: Callable, tmp_path: Path, model: Path) -> No
         ran = dynaconv("dial-k", path)
         assert ran.code == 3
         assert said in ran.err
-    Layout.load(model).with_dial(None, {}).save(model)  # type: ignore[arg-type]
+    replace(Layout.load(model), frontier=None).save(model)
     ran = dynaconv("dial-k", model)
     assert ran.code == 3
     assert "not calibrated" in ran.err

@@ -53,7 +53,7 @@ def test_folder_holds_the_parent_and_its_blocks(tmp_path: Path, tiny_checkpoint:
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (folder / name).read_bytes() == (dense / name).read_bytes()
     layout = Layout.load(folder)
-    assert layout.edges == (0, 16, 32, 48, 67) and layout.layers == 2 and layout.dial is None
+    assert layout.partition.edges == (0, 16, 32, 48, 67) and layout.layers == 2 and layout.dial is None
     assert (layout.ffn.path, layout.ffn.gate) == ("model.layers.{layer}.mlp", "gate_proj")
     assert (layout.router.kind, layout.router.linear, layout.router.rank) == ("curve", True, 0)
 
@@ -88,7 +88,7 @@ def test_scores_of_routed_blocks_are_the_ridge_solution_less_the_layers_mean(
     statistics = fake_statistics(tmp_path / "statistics", source, config)
     folder, _ = carve(tmp_path, source, statistics, config)
     layout, routers = Layout.load(folder), read_tensors(folder / "dynaconv.safetensors")
-    assert (layout.router.kind, layout.router.linear, layout.routed) == ("blocks", True, True)
+    assert (layout.router.kind, layout.router.linear) == ("linear", True)
     known = read_tensors(statistics / "statistics.safetensors")
     for layer in range(layout.layers):
         gram, target = (known[f"layers.{layer}.feature_{name}"] for name in ("gram", "target"))

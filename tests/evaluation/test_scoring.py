@@ -88,20 +88,20 @@ def test_oracle_knows_the_curve_and_leaves_no_trace(tiny_checkpoint: Maker) -> N
         ffn = model.ffns()[0]
         x = torch.randn(1, 7, 64)
         with torch.no_grad():
-            expected = relative_errors(ffn.hidden(x)[0], ffn.down_proj.weight, ffn.edges)[:, :-1]
+            expected = relative_errors(ffn.hidden(x)[0], ffn.down_proj.weight, ffn.site.partition.edges)[:, :-1]
             assert torch.allclose(ffn.router(x)[0].exp(), expected, atol=1e-5)
     assert [ffn.router for ffn in model.ffns()] == routers
     assert sorted(model.state_dict()) == names
 
 
 def test_oracle_knows_what_each_block_adds(tiny_checkpoint: Maker) -> None:
-    model, ids = dynamic_model(tiny_checkpoint(), "blocks"), token_ids()
+    model, ids = dynamic_model(tiny_checkpoint(), "linear"), token_ids()
     ffn, seen = model.ffns()[0], {}
     with torch.no_grad(), oracle_routers(model):
         ffn.router.register_forward_hook(lambda m, args, out: seen.update(x=args[0], scores=out))
         model(ids, dial=0.5)
         hidden = ffn.hidden(seen["x"])
-        for block, (start, stop) in enumerate(pairwise(ffn.edges)):
+        for block, (start, stop) in enumerate(pairwise(ffn.site.partition.edges)):
             added = hidden[..., start:stop] @ ffn.down_proj.weight[:, start:stop].T
             torch.testing.assert_close(seen["scores"][..., block], added.norm(dim=-1).log(), rtol=1e-4, atol=1e-4)
 
@@ -129,9 +129,9 @@ def test_folder_is_scored_with_its_record(tiny_checkpoint: Maker, tmp_path: Path
     for path in folder.glob("tokenizer*"):
         (tmp_path / "saved" / path.name).write_bytes(path.read_bytes())
     data = DataConfig(train=[str(text_file)], sequence_length=64)
-    half = evaluate_folder(tmp_path / "saved", model.layout and None, data, tokens=1000)
+    full = evaluate_folder(tmp_path / "saved", None, data, tokens=1000)
     dense = evaluate_folder(folder, None, data, tokens=1000)
-    assert half["dial"] == "full" and half["loss"] == pytest.approx(dense["loss"], rel=1e-5)
+    assert full["dial"] == "full" and full["loss"] == pytest.approx(dense["loss"], rel=1e-5)
     assert dense["tokens"] == 16 * 63 and dense["dial"] is None
     assert dense["data_digest"] and dense["sequence_length"] == 64
     with pytest.raises(DataError):

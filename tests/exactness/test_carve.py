@@ -126,7 +126,7 @@ def test_carved_is_the_parent(tmp_path: Path, tiny_checkpoint: Callable[..., Pat
         assert torch.equal(new, old[order]) and not torch.equal(new, old)
         lost_none = sorted(map(tuple, new.tolist())) == sorted(map(tuple, old.tolist()))
         assert lost_none and len(set(map(tuple, new.tolist()))) == shape.ffn
-    edges, dynamic = Layout.load(folder).edges, dynaconv.load(folder).eval()
+    edges, dynamic = Layout.load(folder).partition.edges, dynaconv.load(folder).eval()
     for width in (0, 2, 4, BLOCKS):
         kept = torch.stack([orders[f"layers.{layer}.order"][: edges[width]] for layer in range(2)])
         with torch.no_grad(), masked_neurons(parent, shape.family, kept):
@@ -183,7 +183,7 @@ def test_every_width_of_every_family_is_profiled_and_carved_at_any_grain(
     folder = run(CarveStage(), config, {"dense": dense, "statistics": statistics}, tmp_path / "carved")
 
     blocks = -(-width // size)
-    edges = Layout.load(folder).edges
+    edges = Layout.load(folder).partition.edges
     assert (len(edges) - 1, edges[-1]) == (blocks, width)
     assert {stop - start for start, stop in pairwise(edges[:-1])} <= {size}
     orders, routers = read_tensors(statistics / "statistics.safetensors"), read_tensors(folder / "dynaconv.safetensors")

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynaconv.dynamic.context import recording
 from tiny_families import FAMILIES
 from tiny_run import convert, documents_file, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dynaconv
 from dynaconv.artifacts.files import read_json
+from dynaconv.dynamic.recorder import Recorder
 from dynaconv.errors import ExportError
 from dynaconv.export.check import check
 
@@ -29,7 +29,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "gpt2": {"tied": True},
     "opt": {"tied": True, "ffn": 67},
 }
-ROUTERS = itertools.cycle(("gate", "curve", "class", "uniform"))
+ROUTERS = itertools.cycle(("width", "curve", "class", "uniform"))
 
 
 @pytest.mark.parametrize(("family", "router"), [*zip(sorted(FAMILIES), ROUTERS, strict=False), ("opt", "curve")])
@@ -90,12 +90,13 @@ def test_routed_experts_are_the_parent_and_have_a_dial(
             got = load(carved).eval()(ids).logits
             assert float((got - expected).abs().max() / expected.abs().max()) <= 1e-5
     model = dynaconv.load(folder).eval()
-    assert model.layout.routed and model.layout.blocks == 16
+    assert model.layout.router.kind == "linear" and model.layout.blocks == 16
     spent = []
     for budget in (0.25, 0.5, 0.75, 1.0):
-        with torch.no_grad(), recording() as trace:
-            model(ids, dial=budget)
-        spent.append(float(trace.stacked().double().mean()) / 16)
+        recorder = Recorder()
+        with torch.no_grad(), model.call.using(model.policy(budget), recorder):
+            model(ids)
+        spent.append(float(recorder.all_shares().mean()))
     assert spent == sorted(spent) and spent[0] < 0.45 and spent[-1] == 1.0
     points = read_json(folder / "frontier.json")["frontier"]
     assert [point["active_share"] for point in points] == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=0.06)
@@ -104,8 +105,8 @@ def test_routed_experts_are_the_parent_and_have_a_dial(
 def test_the_check_notices_a_wrong_folder(tiny_checkpoint: Maker, tmp_path: Path, text_file: Path) -> None:
     config = tiny_config(tiny_checkpoint("llama"), documents_file(tmp_path, text_file))
     folder = convert(config, tmp_path / "run")[-1].folder
-    code = folder / "dynaconv_router.py"
-    code.write_text(code.read_text().replace("scores + level - 0.5", "scores + level + 0.5"))
+    code = folder / "dynaconv_routers_width.py"
+    code.write_text(code.read_text() + "\n\nWidthRouter.soft_cap = lambda self, raw: raw + 1.0\n")
     with pytest.raises(ExportError, match="something else") as caught:
         check(folder, 0.5)
     assert caught.value.exit_code == 5
