@@ -52,6 +52,8 @@ def print_stages(found: Mapping[str, Any]) -> None:
         for stage in found["stages"]
     ]
     print_table(STAGE_COLUMNS, rows)
+    if "problem" in found:
+        say(f"This dynaconv cannot continue this run; what it made can be used. {found['problem']}")
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:

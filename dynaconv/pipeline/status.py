@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from dynaconv import recipes
-from dynaconv.artifacts.manifest import Manifest
+from dynaconv.artifacts.manifest import Manifest, StageRecord
 from dynaconv.artifacts.run import Run
+from dynaconv.errors import ConfigError
 from dynaconv.pipeline import registry
 from dynaconv.pipeline.lineage import DATA_FIELD, SOURCE, Link, chain, order_problems
 from dynaconv.pipeline.state import DAMAGED, KEEP, MAKE, STALE, UNFINISHED, judge
@@ -19,14 +21,16 @@ def status(run: Run) -> dict[str, Any]:
     """Every stage of the run's recipe: ``done``, ``stale``, ``pending``, ``damaged`` or ``interrupted``.
 
     The source and the text are taken to be what they were; files are compared by size. ``dynaconv convert`` compares
-    everything.
-
-    Raises:
-        ConfigError: ``recipe.yaml`` was changed and is wrong.
+    everything. Where this dynaconv cannot read the run's recipe, ``problem`` says why, and the stages are those of the
+    manifest, all ``stale``: what they made can still be used, but the run cannot be continued.
     """
     if not run.recipe.is_file():
         return {"stages": [], "locked_by": run.locked_by()}
-    config = recipes.draft_of(run.recipe).checked()
+    try:
+        config = recipes.draft_of(run.recipe).checked()
+    except ConfigError as error:
+        rows = [_recorded_row(record, STALE) for record in run.manifest.stages]
+        return {"stages": rows, "locked_by": run.locked_by(), "problem": str(error)}
     stages = [registry.load(name) for name in config.stages]
     source, text = _recorded(run.manifest)
     links = chain(config, stages, source, text) if not order_problems(stages) else []
@@ -48,15 +52,23 @@ def _row(link: Link, run: Run) -> dict[str, Any]:
     named = {KEEP: DONE, STALE: STALE, DAMAGED: DAMAGED, MAKE: unmade, UNFINISHED: INTERRUPTED}[state.action]
     if named in (PENDING, STALE) and run.was_interrupted(link.slot):
         named = INTERRUPTED
+    reasons = [] if named == DONE else list(state.reasons)
+    if record is not None:
+        return _recorded_row(record, named, reasons)
+    nothing: dict[str, Any] = {"fingerprint": None, "outputs": [], "metrics": {}, "seconds": None, "peak_rss_bytes": None}
+    return {"name": link.name, "status": named, **nothing, "reasons": reasons}
+
+
+def _recorded_row(record: StageRecord, named: str, reasons: Sequence[str] = ()) -> dict[str, Any]:
     return {
-        "name": link.name,
+        "name": record.stage,
         "status": named,
-        "fingerprint": None if record is None else record.fingerprint,
-        "outputs": [] if record is None else _outputs(record.folder, asdict(record)["outputs"]),
-        "metrics": {} if record is None else record.metrics,
-        "seconds": None if record is None else record.seconds,
-        "peak_rss_bytes": None if record is None else record.peak_rss_bytes,
-        "reasons": [] if named == DONE else list(state.reasons),
+        "fingerprint": record.fingerprint,
+        "outputs": _outputs(record.folder, asdict(record)["outputs"]),
+        "metrics": record.metrics,
+        "seconds": record.seconds,
+        "peak_rss_bytes": record.peak_rss_bytes,
+        "reasons": list(reasons),
     }
 
 

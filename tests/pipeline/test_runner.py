@@ -291,6 +291,15 @@ def test_one_stage_again_takes_what_came_of_it_along(config: RunConfig, run: Run
     assert go(config, run) == ["calibrate", "export"]
 
 
+def test_status_of_a_run_whose_recipe_is_of_another_version(config: RunConfig, run: Run) -> None:
+    go(config, run)
+    before = status(Run.open(run.path))["stages"]
+    run.recipe.write_text(run.recipe.read_text().replace("router: auto", "router: gate"), encoding="utf-8")
+    found = status(Run.open(run.path))
+    assert "'gate' is called 'width' now" in found["problem"]
+    assert found["stages"] == [{**row, "status": "stale"} for row in before]
+
+
 def test_status_has_the_promised_shape(config: RunConfig, run: Run) -> None:
     assert status(run)["stages"] == []
     go(config, run, until="profile")
