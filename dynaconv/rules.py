@@ -30,9 +30,9 @@ class Allowed:
 
     def hint(self, value: Any) -> str:
         """What the author of a wrong ``value`` may have meant; empty where nobody knows."""
-        if value in self.renamed:
+        if str(value) in self.renamed:
             also = f", or {AUTO_ROUTER}" if AUTO_ROUTER in self.choices else ""
-            return f" ({value!r} is called {self.renamed[value]!r} now{also})"
+            return f" ({value!r} is called {self.renamed[str(value)]!r} now{also})"
         near = difflib.get_close_matches(str(value), self.choices, n=1)
         return f" ({near[0]!r}?)" if near else ""
 

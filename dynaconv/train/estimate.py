@@ -13,7 +13,7 @@ from dynaconv.config import EngineConfig, FinetuneConfig, RunConfig
 from dynaconv.pipeline.stage import Estimate
 from dynaconv.train.memory_cost import DEEPSPEED_BYTES, PEFT_BYTES, Graph, Weights, peak_bytes
 from dynaconv.train.objectives.base import Objective
-from dynaconv.train.objectives.registry import needs_parent, passes_of, weighted
+from dynaconv.train.objectives.registry import needs_parent, passes_of, trains, weighted
 from dynaconv.train.router_kinds import router_objective
 from dynaconv.train.sampler import steps_of
 
@@ -55,11 +55,11 @@ def pass_count(tuning: FinetuneConfig) -> PassCount:
     found = PassCount()
     for share, active in _steps_by_kind(tuning):
         passes = passes_of(active, by_router=_by_router(tuning))
-        students = {one.student for one in active}
-        backward = len(students - {"full"} if tuning.trainable == "routers" else students)
+        # the gradient of a router's own labels ends at the router
+        backward = {one.student for one in active if trains(one, tuning) and "labels" not in one.needs}
         found = PassCount(
             forward=found.forward + share * len(passes & {"full", "second", "dial"}),
-            backward=found.backward + share * backward,
+            backward=found.backward + share * len(backward),
             parent=found.parent + share * ("parent" in passes),
         )
     return replace(found, recomputed=found.backward if tuning.gradient_checkpointing else 0.0)

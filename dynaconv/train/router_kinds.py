@@ -31,7 +31,7 @@ def router_objective(tuning: FinetuneConfig) -> str:
 def router_layout(tuning: FinetuneConfig, hidden_size: int, carved: RouterLayout) -> RouterLayout:
     """Routers that the recipe trains, for D = ``hidden_size``, after those that carve left.
 
-    Where training starts from a closed-form router, its bound is kept: otherwise scores would not be what carve measured.
+    Where training starts from a closed-form router, its bound is kept, so that scores are what carve measured.
     """
     kind = router_kind(tuning, KINDS[carved.kind].experts)
     if kind is UniformRouter:
