@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dynaconv.config import RunConfig
-from dynaconv.rules import ALLOWED, ROUTER_KINDS, leaves, problems
+from dynaconv.rules import ALLOWED, leaves, problems
 
 WRONG: dict[str, list[Any]] = {
     "stages": [[], ["profile", "profile"]],
@@ -28,7 +28,6 @@ WRONG: dict[str, list[Any]] = {
     "finetune.tokens": [0],
     "finetune.batch_size": [0],
     "finetune.accumulation": [0],
-    "finetune.router": ["", "gates"],
     "finetune.teacher": ["mother"],
     "finetune.learning_rate": [0.0, -1.0, math.nan],
     "finetune.router_learning_rate": [-1e-3],
@@ -89,41 +88,6 @@ def test_a_wrong_value_is_named_with_what_is_allowed(name: str, value: Any) -> N
     assert ALLOWED[name].words in sentence
 
 
-@pytest.mark.parametrize("router", ["width", "curve", "class", "uniform"])
-def test_routed_experts_have_routers_of_their_own(router: str) -> None:
-    config = RunConfig(experts="routed")
-    assert problems(config) == []
-    config.finetune.router = router
-    (wrong,) = problems(config)
-    assert wrong == f"finetune.router is {router!r}; it must be auto or linear where experts is 'routed'"
-    config.stages.remove("finetune")
-    assert problems(config) == []
-
-
-def test_nested_experts_have_routers_of_their_own() -> None:
-    config = RunConfig(experts="nested")
-    for router in ("auto", "width", "curve", "class", "uniform"):
-        config.finetune.router = router
-        assert problems(config) == []
-    config.finetune.router = "linear"
-    (wrong,) = problems(config)
-    assert wrong.startswith("finetune.router is 'linear'; it must be auto, width, curve, class or uniform where")
-
-
-def test_the_kinds_of_router_are_those_that_can_be_trained() -> None:
-    from dynaconv.dynamic.routers.kinds import KINDS
-
-    assert {name: kind.experts for name, kind in KINDS.items() if kind.objective != "none"} == ROUTER_KINDS
-
-
-def test_a_kind_that_was_renamed_is_refused_with_its_new_name() -> None:
-    config = RunConfig()
-    config.finetune.router = "gate"
-    (wrong,) = problems(config)
-    assert wrong.startswith("finetune.router is 'gate'; it must be one of auto, width, linear")
-    assert wrong.endswith("('gate' is called 'width' now, or auto)")
-
-
 def test_a_router_may_be_left_to_its_defaults() -> None:
     config = RunConfig()
     assert (config.finetune.router_rank, config.finetune.bound) == (None, None)
@@ -168,5 +132,5 @@ def test_stages_that_do_not_run_are_not_compared() -> None:
     config = RunConfig(stages=["profile", "carve", "calibrate", "export"])
     config.finetune.tokens = 100
     assert problems(config) == []
-    config.finetune.router = "gates"
+    config.finetune.wandb = "on"
     assert len(problems(config)) == 1, "a value that is never allowed is wrong all the same"

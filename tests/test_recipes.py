@@ -176,8 +176,7 @@ def test_text_is_taken_as_it_stands(first: str, second: str) -> None:
         ("calibrate.budgets=0.5", "calibrate.budgets is 0.5; it must be a list of numbers"),
         ("calibrate.budgets=[a]", "it must be a list of numbers"),
         ("data=", "at least one file, folder or name"),
-        ("finetune.router=widths", "one of auto, width, linear, curve, class, uniform ('width'?)"),
-        ("finetune.router=gate", "'gate' is called 'width' now, or auto"),
+        ("finetune.precision=bf-16", "one of fp32, bf16 ('bf16'?)"),
         ("finetune.clip=${nope}", "finetune.clip: "),
     ],
 )

@@ -51,7 +51,13 @@ class DynamicFFN(nn.Module):
         activation_name: What ``config.json`` calls it.
         router: Makes the site's router, from D.
         call: Of the model it belongs to.
+
+    Attributes:
+        hooks_only_move_weights: Whether hooks of the projections of an ungated FFN compute nothing, as ZeRO 3's, which
+            gather weights: then they need not be called, and the FFN is computed in one piece all the same.
     """
+
+    hooks_only_move_weights = False
 
     def __init__(
         self,
@@ -163,8 +169,8 @@ class DynamicFFN(nn.Module):
 
     def in_one_piece(self) -> bool:
         """Whether nothing wraps the modules of an ungated FFN or listens to them, so that one may compute it all."""
-        projections = self.projections()
-        return all(isinstance(module, Inline) and not _overheard(module) for module in projections)
+        heard = not self.hooks_only_move_weights
+        return all(isinstance(one, Inline) and not (heard and _overheard(one)) for one in self.projections())
 
     def _decide(self, x: Tensor) -> Decision:
         policy = self.call.policy
