@@ -124,8 +124,10 @@ def graph_of(config: RunConfig, checkpoint: Checkpoint) -> Graph:
     else:
         by_width, by_neurons = layers * by_width, layers * by_neurons
     tokens = tuning.batch_size * config.data.sequence_length // (tuning.accumulation * config.engine.nproc)
-    again = tuning.accumulation > 1 or pass_count(tuning).backward > 1
-    return Graph(tokens, sizes["residual"], sizes["ffn"], sizes["vocab"], by_width, by_neurons, by_vocabulary, again)
+    has_gradients = tuning.accumulation > 1 or pass_count(tuning).backward > 1
+    return Graph(
+        tokens, sizes["residual"], sizes["ffn"], sizes["vocab"], by_width, by_neurons, by_vocabulary, has_gradients
+    )
 
 
 def _imported(config: RunConfig) -> int:

@@ -32,7 +32,7 @@ class FinetuneStage(Stage):
     unfingerprinted = tuple(f"finetune.{name}" for name in ("explosion", "save_every", "statistics_every", "wandb"))
 
     def problems(self, config: RunConfig) -> list[str]:
-        """Routers and losses that do not fit, packages that are missing, DeepSpeed settings that contradict the recipe."""
+        """Routers and losses that do not fit, missing packages, DeepSpeed settings that contradict the recipe."""
         from importlib.util import find_spec
 
         from dynaconv.train.deepspeed_config import deepspeed_config

@@ -50,9 +50,7 @@ def test_training_starts_from_the_scores_that_carve_measured(
             model(token_ids())
     for index, (scores,) in recorders[0].scores.items():
         assert torch.equal(recorders[1].scores[index][0], scores)
-        assert float(scores.abs().max()) > 0.5 * bound or kind == "curve", (
-            "where the bound shows"
-        )
+        assert float(scores.abs().max()) > 0.5 * bound or kind == "curve", "where the bound shows"
     given = trainable_model(folder, FinetuneConfig(router=kind, bound=1.25))
     assert given.layout.router.bound == 1.25, "a recipe may ask for another one"
 

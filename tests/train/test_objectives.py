@@ -67,6 +67,12 @@ def test_a_loss_is_off_then_rises_then_stays() -> None:
     assert list(weighted(FinetuneConfig(router="curve"))) == ["full", "distill", "distill_full", "router"]
 
 
+def test_every_loss_is_logged_by_a_name_of_its_own() -> None:
+    known = objectives(FinetuneConfig(router="curve"))
+    assert len({objective.metric for objective in known.values()}) == len(known) == 6
+    assert all(objective.needs and objective.student in objective.needs for objective in known.values())
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from dynaconv.config import FinetuneConfig, LossConfig, LossesConfig
 from dynaconv.data.windows import PaddedWindows, Windows
-from dynaconv.errors import QualityError
+from dynaconv.errors import ArtifactError, QualityError
 from dynaconv.ranks import Ranks
 from dynaconv.train.budget_controller import BudgetController
 from dynaconv.train.engine import TorchEngine
@@ -107,6 +108,17 @@ def test_an_unfinished_state_is_not_taken_for_one(tiny_checkpoint: Maker, tmp_pa
     save_state(tmp_path, made.engine, Position(4, 0.5, 2.0))
     assert load_state(tmp_path, made.engine) == Position(4, 0.5, 2.0)
     assert [path.name for path in sorted(tmp_path.glob("state-*"))] == ["state-00000004"]
+
+
+def test_a_state_of_an_earlier_version_is_refused(tiny_checkpoint: Maker, tmp_path: Path) -> None:
+    made = trainer(tiny_checkpoint(), CONFIG)
+    save_state(tmp_path, made.engine, Position(2, 0.1, 1.0))
+    file = tmp_path / "state-00000002" / "state.json"
+    saved = json.loads(file.read_text())
+    saved["position"] = {"step": 2, "drift": 0.1, "seconds": 1.0}
+    file.write_text(json.dumps(saved))
+    with pytest.raises(ArtifactError, match=r"another version(.|\n)*state-00000002(.|\n)*drift(.|\n)*begin again"):
+        load_state(tmp_path, made.engine)
 
 
 def test_micro_batches_give_the_gradient_of_the_whole(tiny_checkpoint: Maker) -> None:
