@@ -110,10 +110,8 @@ def weights_of(tuning: FinetuneConfig, checkpoint: Checkpoint) -> Weights:
 def graph_of(config: RunConfig, checkpoint: Checkpoint) -> Graph:
     """What the largest backward pass of a step keeps: the one at the sampled dial, where there is one."""
     tuning, sizes = config.finetune, checkpoint.sizes
-    passes = (
-        passes_of(weighted(tuning).values(), by_router=_by_router(tuning)) if tuning.full_share < 1 else frozenset()
-    )
-    dial, teachers = "dial" in passes, needs_parent(tuning)
+    passes = passes_of(weighted(tuning).values(), by_router=_by_router(tuning))
+    dial, teachers = "dial" in passes and tuning.full_share < 1, needs_parent(tuning)
     by_width, by_neurons = KEPT[tuning.trainable]
     by_neurons += dial  # activations before and after they are masked
     # Log-probabilities, and what the loss makes of them; of a divergence, its teacher's and exp of these.

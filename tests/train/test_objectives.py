@@ -281,6 +281,10 @@ def test_a_step_needs_something_to_train() -> None:
     config.full_share = 0.2
     (sentence,) = problems_of_losses(config)
     assert sentence.startswith("finetune.full_share is 0.2; at the full dial nothing is trained")
+    losses.full.weight, losses.full.after = 0.4, 0.5
+    assert list(problems_of_losses(config)) == [sentence], "an early step at the full dial would have no loss"
+    losses.full.after = 0.0
+    assert list(problems_of_losses(config)) == []
 
 
 def test_routers_may_learn_from_labels_alone() -> None:
