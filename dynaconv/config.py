@@ -200,10 +200,8 @@ class LossesConfig:
 
     full: LossConfig = field(default_factory=lambda: LossConfig(0.4), metadata=_by("language_model:FullDial"))
     dial: LossConfig = field(default_factory=LossConfig, metadata=_by("language_model:SampledDial"))
-    distill: LossConfig = field(default_factory=lambda: LossConfig(0.8), metadata=_by("distillation:Distillation"))
-    distill_full: LossConfig = field(
-        default_factory=lambda: LossConfig(0.8), metadata=_by("distillation:FullDistillation")
-    )
+    distill: LossConfig = field(default_factory=lambda: LossConfig(0.8), metadata=_by("distillation:OfSampledDial"))
+    distill_full: LossConfig = field(default_factory=lambda: LossConfig(0.8), metadata=_by("distillation:OfFullDial"))
     router: LossConfig = field(default_factory=lambda: LossConfig(1.0), metadata=_by("router_targets:RouterTargets"))
     consistency: LossConfig = field(default_factory=LossConfig, metadata=_by("consistency:Consistency"))
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, is_dataclass, replace
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, is_dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -20,21 +20,11 @@ class Allowed:
         words: Ends the sentence "FIELD is VALUE; it must be ...".
         holds: Whether a value is allowed.
         choices: The allowed words, where there are only a few.
-        renamed: Words that used to be allowed, and what they are called now.
     """
 
     words: str
     holds: Callable[[Any], bool]
     choices: tuple[str, ...] = ()
-    renamed: Mapping[str, str] = field(default_factory=dict)
-
-    def hint(self, value: Any) -> str:
-        """What the author of a wrong ``value`` may have meant; empty where nobody knows."""
-        if value in self.renamed:
-            also = f", or {AUTO_ROUTER}" if AUTO_ROUTER in self.choices else ""
-            return f" ({value!r} is called {self.renamed[value]!r} now{also})"
-        near = difflib.get_close_matches(str(value), self.choices, n=1)
-        return f" ({near[0]!r}?)" if near else ""
 
 
 def _one_of(*choices: str) -> Allowed:
@@ -64,11 +54,6 @@ _SOURCES = Allowed("at least one file, folder or name", lambda value: value and 
 def _or_null(allowed: Allowed) -> Allowed:
     return Allowed(f"null, or {allowed.words}", lambda value: value is None or allowed.holds(value), allowed.choices)
 
-
-# Kinds of router that fine-tuning can train, and the experts they are for: what dynaconv.dynamic.routers has, without
-# importing torch. A test holds the two equal.
-ROUTER_KINDS = {"width": "nested", "linear": "routed", "curve": "nested", "class": "nested"}
-AUTO_ROUTER, NO_ROUTER = "auto", "uniform"  # the kind that fits the experts; the same width for every token
 
 SUBCLONE_SIZES = ("residual", "ffn", "heads", "kv_heads", "head_dim", "layers")
 _KV_HEADS = Allowed(
@@ -120,7 +105,6 @@ ALLOWED: dict[str, Allowed] = {
     "finetune.tokens": _whole(1),
     "finetune.batch_size": _whole(1),
     "finetune.accumulation": _whole(1),
-    "finetune.router": replace(_one_of(AUTO_ROUTER, *ROUTER_KINDS, NO_ROUTER), renamed={"gate": "width"}),
     "finetune.trainable": _one_of("all", "ffn", "routers", "lora"),
     "finetune.lora_rank": _whole(1),
     "finetune.lora_alpha": _POSITIVE,
@@ -174,7 +158,8 @@ def problems(config: RunConfig) -> list[str]:
     for name, value in leaves(config):
         allowed = ALLOWED.get(name)
         if allowed is not None and not allowed.holds(value):
-            wrong[name] = f"{name} is {value!r}; it must be {allowed.words}" + allowed.hint(value)
+            near = difflib.get_close_matches(str(value), allowed.choices, n=1)
+            wrong[name] = f"{name} is {value!r}; it must be {allowed.words}" + (f" ({near[0]!r}?)" if near else "")
     between = _problems_between(config, wrong) if "data.sequence_length" not in wrong else []
     return [*wrong.values(), *_block_problems(config), *between, *_engine_problems(config)]
 
@@ -222,8 +207,6 @@ def _problems_between(config: RunConfig, wrong: Collection[str]) -> Iterator[str
     ):
         if name not in wrong and name.split(".")[0] in config.stages and tokens < window:
             yield f"{name} is {tokens}; it must be at least one window (data.sequence_length is {window})"
-    if "finetune" in config.stages and "finetune.router" not in wrong and "experts" not in wrong:
-        yield from _router_problems(config)
     sizes = {"finetune.tokens", "finetune.batch_size", "finetune.accumulation"}
     if "finetune" not in config.stages or sizes & set(wrong):
         return
@@ -234,16 +217,6 @@ def _problems_between(config: RunConfig, wrong: Collection[str]) -> Iterator[str
         yield f"finetune.accumulation is {tune.accumulation}; it must divide finetune.batch_size ({tune.batch_size})"
     elif "engine.nproc" not in wrong and (unlike := uneven(config, config.engine.nproc)):
         yield f"engine.nproc: {unlike}"
-
-
-def _router_problems(config: RunConfig) -> Iterator[str]:
-    """A kind of router that belongs to the other kind of experts."""
-    fitting = [AUTO_ROUTER, *(kind for kind, experts in ROUTER_KINDS.items() if experts == config.experts)]
-    if config.experts == "nested":
-        fitting.append(NO_ROUTER)  # of routed experts there is no first block
-    if config.finetune.router not in fitting:
-        wanted = f"{', '.join(fitting[:-1])} or {fitting[-1]}"
-        yield f"finetune.router is {config.finetune.router!r}; it must be {wanted} where experts is {config.experts!r}"
 
 
 def uneven(config: RunConfig, world: int) -> str | None:

@@ -25,26 +25,27 @@ from dynaconv.artifacts.files import write_json
 from dynaconv.cli.quiet import silence_libraries
 from dynaconv.config import FinetuneConfig, LossConfig, LossesConfig, RunConfig
 from dynaconv.data.windows import Windows, training_batch
-from dynaconv.dynamic.layout import FFNLayout, Layout
+from dynaconv.dynamic.layout import FFNLayout, Layout, RouterLayout
 from dynaconv.ranks import Ranks
-from dynaconv.train.cost import needs_parent, passes
 from dynaconv.train.engine import TorchEngine
-from dynaconv.train.loop import Trainer
+from dynaconv.train.estimate import pass_count
+from dynaconv.train.objectives.registry import needs_parent
+from dynaconv.train.step import Trainer
 
 DENSE = LossesConfig(full=LossConfig(1.0), distill=LossConfig(0.0), distill_full=LossConfig(0.0))
 ALONE = LossesConfig(full=LossConfig(0.5), distill=LossConfig(0.5), distill_full=LossConfig(0.0))
 VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {"router": "uniform", "losses": DENSE},
     "uniform": {"router": "uniform", "uniform_share": 1.0},
-    "gate": {},
+    "width": {},
     "curve": {"router": "curve"},
     "class": {"router": "class"},
-    "gate, parent teaches": {"teacher": "parent"},
+    "width, parent teaches": {"teacher": "parent"},
     "routed, parent teaches": {"teacher": "parent", "losses": LossesConfig()},
-    "gate, consistency": {"losses": replace(ALONE, consistency=LossConfig(0.5))},
-    "gate, routers only": {"trainable": "routers"},
-    "gate, lora": {"trainable": "lora"},
-    "gate, checkpointing": {"gradient_checkpointing": True},
+    "width, consistency": {"losses": replace(ALONE, consistency=LossConfig(0.5))},
+    "width, routers only": {"trainable": "routers"},
+    "width, lora": {"trainable": "lora"},
+    "width, checkpointing": {"gradient_checkpointing": True},
 }
 
 
@@ -64,11 +65,11 @@ def main(
     trainers = {name: trainer(model, config) for name, config in configs.items()}
     steps |= {name: made.step for name, made in trainers.items()}
     seconds = timed(steps, rounds)
-    windows = trainers["gate"].windows
+    windows = trainers["width"].windows
     loading = min(_seconds(lambda step: training_batch(windows, step, batch_size, 0), step) for step in range(5))
     rows = []
     for name, config in configs.items():
-        counted, own = passes(config.finetune), min(seconds[name])
+        counted, own = pass_count(config.finetune), min(seconds[name])
         row = {
             "variant": name,
             "tokens_per_s": round(batch_size * length / own, 1),
@@ -102,7 +103,7 @@ def trainer(folder: Path, config: RunConfig) -> Trainer:
 
     from dynaconv.arch.stock import load_dense
     from dynaconv.dynamic.modeling import attach
-    from dynaconv.train.model import router_layout
+    from dynaconv.train.router_kinds import router_layout
     from dynaconv.train.trainable import add_adapters, choose
 
     checkpoint, ranks, tuning = Checkpoint.open(folder), Ranks.single(), config.finetune
@@ -110,9 +111,9 @@ def trainer(folder: Path, config: RunConfig) -> Trainer:
     if tuning.trainable == "lora":
         add_adapters(stock, tuning)
     ffn = FFNLayout(**asdict(checkpoint.family.ffn))
-    router = router_layout(tuning, checkpoint.sizes["residual"], routed=config.experts == "routed")
-    partition = ffn_partition(checkpoint.sizes["ffn"], config)
-    layout = Layout(partition.edges, checkpoint.layers, ffn, router)
+    solved = RouterLayout("linear" if config.experts == "routed" else "curve", linear=True)  # as carve would
+    router = router_layout(tuning, checkpoint.sizes["residual"], solved)
+    layout = Layout(ffn_partition(checkpoint.sizes["ffn"], config), checkpoint.layers, ffn, router)
     network = attach(stock, layout).train()
     choose(network, tuning.trainable)
     if tuning.gradient_checkpointing:

@@ -29,7 +29,6 @@ WRONG: dict[str, list[Any]] = {
     "finetune.tokens": [0],
     "finetune.batch_size": [0],
     "finetune.accumulation": [0],
-    "finetune.router": ["", "gates"],
     "finetune.teacher": ["mother"],
     "finetune.learning_rate": [0.0, -1.0, math.nan],
     "finetune.router_learning_rate": [-1e-3],
@@ -52,6 +51,7 @@ WRONG: dict[str, list[Any]] = {
     "finetune.anchor_after": [2.0],
     "finetune.statistics_every": [-1],
     "finetune.router_rank": [-1],
+    "finetune.bound": [0.0, -1.0],
     "finetune.theta": [0.0],
     "finetune.precision": ["fp16"],
     "finetune.save_every": [0],
@@ -89,14 +89,10 @@ def test_a_wrong_value_is_named_with_what_is_allowed(name: str, value: Any) -> N
     assert ALLOWED[name].words in sentence
 
 
-@pytest.mark.parametrize("router", ["curve", "class", "uniform"])
-def test_routed_experts_have_routers_of_their_own(router: str) -> None:
-    config = RunConfig(experts="routed")
-    assert problems(config) == []
-    config.finetune.router = router
-    (wrong,) = problems(config)
-    assert wrong == f"finetune.router is {router!r}; it must be gate where experts is 'routed'"
-    config.stages.remove("finetune")
+def test_a_router_may_be_left_to_its_defaults() -> None:
+    config = RunConfig()
+    assert (config.finetune.router_rank, config.finetune.bound) == (None, None)
+    config.finetune.router_rank, config.finetune.bound = 0, 2.5
     assert problems(config) == []
 
 
@@ -123,8 +119,6 @@ def test_all_mistakes_at_once() -> None:
         ({"profile.tokens": 100}, "profile.tokens"),
         ({"calibrate.tokens": 100}, "calibrate.tokens"),
         ({"calibrate.score_tokens": 100}, "calibrate.score_tokens"),
-        ({"finetune.trainable": "routers", "finetune.router": "uniform"}, "finetune.trainable"),
-        ({"finetune.router": "class", "finetune.losses.router.weight": 0.0}, "finetune.losses.router.weight"),
     ],
 )
 def test_fields_that_do_not_go_together(changes: dict[str, Any], named: str) -> None:
@@ -135,45 +129,9 @@ def test_fields_that_do_not_go_together(changes: dict[str, Any], named: str) -> 
     assert sentence.startswith(f"{named} is ")
 
 
-@pytest.mark.parametrize("router", ["gate", "uniform"])
-def test_losses_that_leave_nothing_to_learn_from(router: str) -> None:
-    config = RunConfig(experts="nested")
-    config.finetune.router = router
-    config.finetune.losses.distill.weight = 0.0
-    assert len(problems(config)) == (router == "gate"), "dense training needs no dial; a gate router does"
-    config.finetune.losses.full.weight = config.finetune.losses.distill_full.weight = 0.0
-    (sentence,) = problems(config)
-    assert "nothing to learn from" in sentence
-
-
-def test_a_step_needs_something_to_train() -> None:
-    config = RunConfig(experts="nested")
-    losses = config.finetune.losses
-    losses.full.after = losses.distill.after = losses.distill_full.after = 0.5
-    (sentence,) = problems(config)
-    assert "from the first step on" in sentence
-    losses.full.after = 0.0
-    assert problems(config) == []
-    losses.full.weight, losses.distill_full.weight, losses.distill.after = 0.0, 0.0, 0.0
-    assert problems(config) == []
-    config.finetune.full_share = 0.2
-    (sentence,) = problems(config)
-    assert sentence.startswith("finetune.full_share is 0.2; at the full dial nothing is trained")
-
-
-def test_routers_may_learn_from_labels_alone() -> None:
-    config = RunConfig(experts="nested")
-    config.finetune.router, config.finetune.trainable = "class", "routers"
-    losses = config.finetune.losses
-    losses.full.weight = losses.distill_full.weight = losses.distill.weight = 0.0
-    assert problems(config) == []
-    config.finetune.trainable = "all"
-    assert len(problems(config)) == 1
-
-
 def test_stages_that_do_not_run_are_not_compared() -> None:
     config = RunConfig(stages=["profile", "carve", "calibrate", "export"])
     config.finetune.tokens = 100
     assert problems(config) == []
-    config.finetune.router = "gates"
+    config.finetune.wandb = "on"
     assert len(problems(config)) == 1, "a value that is never allowed is wrong all the same"

@@ -20,6 +20,7 @@ from dynaconv.overrides import parse, schema
 from dynaconv.pipeline.registry import names as stage_names
 from dynaconv.recipes import DEFAULT, available, compose, draft, find, load, recipe_folder
 from dynaconv.rules import problems
+from dynaconv.train.stage import FinetuneStage
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -39,6 +40,7 @@ def test_every_recipe_composes_and_is_right(path: Path) -> None:
     config = compose(str(path))
     assert isinstance(config, RunConfig)
     assert problems(config) == []
+    assert "finetune" not in config.stages or FinetuneStage().problems(config) == []
     assert set(config.stages) <= set(stage_names())
 
 
@@ -84,7 +86,7 @@ def test_recipes_that_differ_from_the_default_differ_as_they_say() -> None:
     assert compose("nested-difficulty").finetune.router == "class"
     assert compose("nested-curve").finetune.router == "curve"
     routed = compose("routed")
-    assert (routed.experts, routed.finetune.router, routed.finetune.uniform_share) == ("routed", "gate", 0.0)
+    assert (routed.experts, routed.finetune.router, routed.finetune.uniform_share) == ("routed", "auto", 0.0)
     assert routed.finetune.losses == compose("nested").finetune.losses
     assert compose("nested-uniform").finetune.router == "uniform"
     half = compose("static-half")
@@ -105,7 +107,9 @@ def test_overrides_of_every_kind() -> None:
         "stages=profile,carve",
         "data.validation=null",
         "data.field='two words'",
-        "finetune.router=curve",
+        "finetune.router=linear",
+        "finetune.bound=null",
+        "finetune.router_rank=0",
         "profile.batch_size=${finetune.batch_size}",
         "finetune.batch_size=4",
     ]
@@ -114,6 +118,7 @@ def test_overrides_of_every_kind() -> None:
     assert (config.export.check, config.finetune.budgets, config.calibrate.budgets) == (False, [0.2, 0.6], [1.0])
     assert (config.stages, config.data.validation, config.data.field) == (["profile", "carve"], None, "two words")
     assert config.profile.batch_size == 4
+    assert (config.finetune.router, config.finetune.bound, config.finetune.router_rank) == ("linear", None, 0)
 
 
 def test_data_is_short_for_the_training_text() -> None:
@@ -171,7 +176,7 @@ def test_text_is_taken_as_it_stands(first: str, second: str) -> None:
         ("calibrate.budgets=0.5", "calibrate.budgets is 0.5; it must be a list of numbers"),
         ("calibrate.budgets=[a]", "it must be a list of numbers"),
         ("data=", "at least one file, folder or name"),
-        ("finetune.router=gates", "one of gate, curve, class, uniform ('gate'?)"),
+        ("finetune.precision=bf-16", "one of fp32, bf16 ('bf16'?)"),
         ("finetune.clip=${nope}", "finetune.clip: "),
     ],
 )

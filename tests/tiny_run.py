@@ -11,7 +11,7 @@ from dynaconv.pipeline.runner import Outcome, run_pipeline
 from dynaconv.progress import Progress
 
 
-def tiny_config(source: Path, text: Path, *, router: str = "gate", check: bool = False) -> RunConfig:
+def tiny_config(source: Path, text: Path, *, router: str = "auto", check: bool = False) -> RunConfig:
     """All five stages, about a dozen training steps, of nested experts."""
     return RunConfig(
         source=str(source),

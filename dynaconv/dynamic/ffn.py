@@ -52,7 +52,13 @@ class DynamicFFN(nn.Module):
         activation_name: What ``config.json`` calls it.
         router: Makes the site's router, from D.
         call: Of the model it belongs to.
+
+    Attributes:
+        hooks_only_move_weights: Whether hooks of the projections of an ungated FFN compute nothing, as ZeRO 3's, which
+            gather weights: then they need not be called, and the FFN is computed in one piece all the same.
     """
+
+    hooks_only_move_weights = False
 
     _owner: nn.Module
     _between: Between
@@ -174,7 +180,8 @@ class DynamicFFN(nn.Module):
     def in_one_piece(self) -> bool:
         """Whether nothing wraps the modules of an ungated FFN or listens to them, so that one may compute it all."""
         inline = all(isinstance(module, Inline) for module in self.projections())
-        return inline and not any(map(_overheard, (*self.projections(), self._between)))
+        heard = any(map(_overheard, (*self.projections(), self._between)))
+        return inline and (self.hooks_only_move_weights or not heard)
 
     def _decide(self, x: Tensor) -> Decision:
         policy = self.call.policy

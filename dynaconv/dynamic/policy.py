@@ -47,8 +47,9 @@ class Full:
     scored: bool = False
 
     def decide(self, site: Site, router: Router, x: Tensor) -> Decision:
-        """Nothing is left out."""
-        return Decision(None, router(x) if self.scored else None)
+        """Nothing is left out, and scores get no gradient."""
+        with torch.no_grad():
+            return Decision(None, router(x) if self.scored else None)
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,13 @@ class Partition:
         return tuple(stop - start for start, stop in pairwise(self.edges))
 
     @cached_property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """Ranges ``[first, stop)`` of adjacent blocks of one size, which cover all blocks."""
+        sizes = self.sizes
+        cuts = [0, *(n for n in range(1, len(sizes)) if sizes[n] != sizes[n - 1]), len(sizes)]
+        return tuple(pairwise(cuts))
+
+    @property
     def uniform_size(self) -> int | None:
         """Neurons of every block, ``None`` where blocks differ."""
         size = self.block_size or self.sizes[0]

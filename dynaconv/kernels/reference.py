@@ -36,11 +36,12 @@ def select(hidden: Tensor, choice: Choice, partition: Partition) -> Tensor:
     """
     mask = choice.mask(partition.blocks)
     if isinstance(choice, Soft):
-        size = partition.uniform_size
-        if size is None or size == 1:
-            return hidden * partition.spread(mask.to(hidden.dtype))
-        # by block: the gradient of a weight is then one sum over its neurons
-        return (hidden.unflatten(-1, (partition.blocks, size)) * mask.to(hidden.dtype)[..., None]).flatten(-2)
+        # By block: backward keeps a weight a block, not one a neuron, and sums over its neurons.
+        weight, parts = mask.to(hidden.dtype)[..., None], []
+        for first, stop in partition.runs:
+            run = hidden[..., partition.edges[first] : partition.edges[stop]].unflatten(-1, (stop - first, -1))
+            parts.append((run * weight[..., first:stop, :]).flatten(-2))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     return hidden.masked_fill(~partition.spread(mask), 0)
 
 

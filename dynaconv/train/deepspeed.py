@@ -189,6 +189,7 @@ def _declare_leaves(deepspeed: Any, network: Any) -> None:
     deepspeed.utils.set_z3_leaf_modules(network, [DynamicFFN])
     for ffn in network.ffns():
         if ffn.names.gate is None:  # its up projection runs the whole network, so it needs the down projection's too
+            ffn.hooks_only_move_weights = True
             opening, closing = ffn.projections()
             for parameter in closing.parameters(recurse=False):
                 deepspeed.zero.register_external_parameter(opening, parameter)

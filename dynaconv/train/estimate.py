@@ -13,7 +13,7 @@ from dynaconv.config import EngineConfig, FinetuneConfig, RunConfig
 from dynaconv.pipeline.stage import Estimate
 from dynaconv.train.memory_cost import DEEPSPEED_BYTES, PEFT_BYTES, Graph, Weights, peak_bytes
 from dynaconv.train.objectives.base import Objective
-from dynaconv.train.objectives.registry import needs_parent, passes_of, weighted
+from dynaconv.train.objectives.registry import needs_parent, passes_of, trains, weighted
 from dynaconv.train.router_kinds import router_objective
 from dynaconv.train.sampler import steps_of
 
@@ -55,11 +55,11 @@ def pass_count(tuning: FinetuneConfig) -> PassCount:
     found = PassCount()
     for share, active in _steps_by_kind(tuning):
         passes = passes_of(active, by_router=_by_router(tuning))
-        students = {one.student for one in active}
-        backward = len(students - {"full"} if tuning.trainable == "routers" else students)
+        # the gradient of a router's own labels ends at the router
+        backward = {one.student for one in active if trains(one, tuning) and "labels" not in one.needs}
         found = PassCount(
             forward=found.forward + share * len(passes & {"full", "second", "dial"}),
-            backward=found.backward + share * backward,
+            backward=found.backward + share * len(backward),
             parent=found.parent + share * ("parent" in passes),
         )
     return replace(found, recomputed=found.backward if tuning.gradient_checkpointing else 0.0)
@@ -110,10 +110,8 @@ def weights_of(tuning: FinetuneConfig, checkpoint: Checkpoint) -> Weights:
 def graph_of(config: RunConfig, checkpoint: Checkpoint) -> Graph:
     """What the largest backward pass of a step keeps: the one at the sampled dial, where there is one."""
     tuning, sizes = config.finetune, checkpoint.sizes
-    passes = (
-        passes_of(weighted(tuning).values(), by_router=_by_router(tuning)) if tuning.full_share < 1 else frozenset()
-    )
-    dial, teachers = "dial" in passes, needs_parent(tuning)
+    passes = passes_of(weighted(tuning).values(), by_router=_by_router(tuning))
+    dial, teachers = "dial" in passes and tuning.full_share < 1, needs_parent(tuning)
     by_width, by_neurons = KEPT[tuning.trainable]
     by_neurons += dial  # activations before and after they are masked
     # Log-probabilities, and what the loss makes of them; of a divergence, its teacher's and exp of these.
@@ -124,8 +122,10 @@ def graph_of(config: RunConfig, checkpoint: Checkpoint) -> Graph:
     else:
         by_width, by_neurons = layers * by_width, layers * by_neurons
     tokens = tuning.batch_size * config.data.sequence_length // (tuning.accumulation * config.engine.nproc)
-    again = tuning.accumulation > 1 or pass_count(tuning).backward > 1
-    return Graph(tokens, sizes["residual"], sizes["ffn"], sizes["vocab"], by_width, by_neurons, by_vocabulary, again)
+    has_gradients = tuning.accumulation > 1 or pass_count(tuning).backward > 1
+    return Graph(
+        tokens, sizes["residual"], sizes["ffn"], sizes["vocab"], by_width, by_neurons, by_vocabulary, has_gradients
+    )
 
 
 def _imported(config: RunConfig) -> int:

@@ -124,7 +124,7 @@ class Graph:
         by_width: Blocks of D channels.
         by_neurons: Blocks of F channels.
         by_vocabulary: Blocks of V channels while the losses are computed, the last moment of the forward pass.
-        again: Whether the step has gradients already, of a pass before this one.
+        has_gradients: Whether an earlier pass of the step has left gradients.
     """
 
     tokens: int
@@ -134,12 +134,12 @@ class Graph:
     by_width: int
     by_neurons: int
     by_vocabulary: int
-    again: bool = False
+    has_gradients: bool = False
 
     def bytes_at(self, weights: Weights) -> int:
         """Bytes at the worst moment of the pass: the losses, the head's gradient, or the end, at the embedding."""
         layers = self._layers(_resident)
-        gradients = (2 + self.again) * weights.head if weights.tied else weights.head
+        gradients = (2 + self.has_gradients) * weights.head if weights.tied else weights.head
         return round(
             max(
                 layers + self._logits(self.by_vocabulary, _resident),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dynaconv.config import FinetuneConfig, RunConfig
 from dynaconv.kernels.partition import Partition
-from dynaconv.rules import NO_ROUTER
+from dynaconv.train.router_kinds import NO_ROUTER
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,15 @@ class FinetuneStage(Stage):
     unfingerprinted = tuple(f"finetune.{name}" for name in ("explosion", "save_every", "statistics_every", "wandb"))
 
     def problems(self, config: RunConfig) -> list[str]:
-        """Losses that teach nothing, packages that are missing, DeepSpeed settings that contradict the recipe."""
+        """Routers and losses that do not fit, missing packages, DeepSpeed settings that contradict the recipe."""
         from importlib.util import find_spec
 
         from dynaconv.train.deepspeed_config import deepspeed_config
         from dynaconv.train.objectives.validity import problems_of_losses
+        from dynaconv.train.router_kinds import problems_of_router
 
-        found, engine = list(problems_of_losses(config.finetune)), config.engine
+        found, engine = list(problems_of_router(config)), config.engine
+        found += [] if found else problems_of_losses(config.finetune)
         if config.finetune.trainable == "lora" and find_spec("peft") is None:
             found.append("finetune.trainable is 'lora', which needs peft: pip install 'dynaconv[lora]'")
         if engine.kind == "deepspeed" and find_spec("deepspeed") is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -26,7 +26,7 @@ class StepPlan:
     """
 
     drawn: Draw
-    objectives: Mapping[str, Objective]
+    objectives: Mapping[str, Objective] = field(compare=False)
     weights: Mapping[str, float]
     passes: frozenset[Pass]
     measured: bool = False

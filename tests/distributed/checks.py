@@ -27,8 +27,11 @@ from dynaconv.arch.stock import load_dense
 from dynaconv.config import EngineConfig, FinetuneConfig, RunConfig
 from dynaconv.data.windows import Windows
 from dynaconv.ranks import Ranks, leave
+from dynaconv.train.budget_controller import BudgetController
 from dynaconv.train.engine import Engine, build_engine
 from dynaconv.train.state import Position, load_state, save_state
+from dynaconv.train.step import Trainer
+from dynaconv.train.straight_through import ScoreGradients, StraightThrough
 from dynaconv.train.trainable import choose
 
 STEPS, FEW = 50, 5
@@ -39,7 +42,7 @@ ENGINES = {
     "zero3-offload": EngineConfig("deepspeed", zero_stage=3, offload_optimizer=True, offload_parameters=True),
 }
 SIZES = {"hidden": 32, "ffn": 48, "layers": 2, "heads": 2, "kv_heads": 2}
-OTHERS = (("opt", "gate"), ("llama", "curve"), ("phi3", "class"))
+OTHERS = (("opt", "width"), ("opt", "class"), ("llama", "curve"), ("phi3", "class"))
 
 FROZEN = ("routers", "ffn")
 BF16 = ("torch", "zero2", "zero3")
@@ -65,15 +68,13 @@ class Bench:
         engine: EngineConfig,
         ranks: Ranks,
         steps: int,
-        router: str = "gate",
-        *,
-        routed: bool = False,
+        router: str = "width",
         **more: Any,
     ) -> Trainer:
         settings = {"warmup_steps": 2, "uniform_share": 0.3, "clip": 0.3, "weight_decay": 0.1, "router": router, **more}
         tuning = FinetuneConfig(batch_size=8, accumulation=2, **settings)
         torch.manual_seed(ranks.rank)
-        network = dynamic_model(folder, "blocks" if routed else router)
+        network = dynamic_model(folder, router)
         choose(network, tuning.trainable)
         made = build_engine(network, RunConfig(finetune=tuning, engine=engine), ranks)
         torch.manual_seed(ranks.rank)
@@ -127,9 +128,9 @@ def curves(bench: Bench) -> Iterator[tuple[str, Any]]:
             for engine, ranks in ((EngineConfig(), alone), (ENGINES["zero3"], bench.ranks))
         )
         gap = max(abs(a["loss_full"] - b["loss_full"]) for a, b in zip(run(one), run(two), strict=True))
-        yield f"family/{family}", {"loss_full": gap, "weights": furthest(whole(one.engine), whole(two.engine))}
+        yield f"family/{family}-{router}", {"loss_full": gap, "weights": furthest(whole(one.engine), whole(two.engine))}
     one, two = (
-        bench.trainer(bench.checkpoint("llama"), engine, ranks, STEPS, routed=True, uniform_share=0.1)
+        bench.trainer(bench.checkpoint("llama"), engine, ranks, STEPS, "linear", uniform_share=0.1)
         for engine, ranks in ((EngineConfig(), alone), (ENGINES["zero3"], bench.ranks))
     )
     pairs = list(zip(run(one), run(two), strict=True))
@@ -153,11 +154,11 @@ def resumed(bench: Bench) -> Iterator[tuple[str, Any]]:
         work = bench.folder / f"work-{name}"
         first = bench.trainer(folder, engine, bench.ranks, 4)
         got = run(first, stop=2)
-        save_state(work, first.engine, Position(2, first.drift))
+        save_state(work, first.engine, Position(2, first.controller.error))
         second = bench.trainer(folder, engine, bench.ranks, 4)
         torch.manual_seed(77)
         position = load_state(work, second.engine)
-        second.drift = position.drift
+        second.controller = BudgetController(position.budget_error)
         got += run(second, start=position.step)
         yield f"resume/{name}", {"losses": got == wanted, "weights": furthest(weights, whole(second.engine))}
 
@@ -167,10 +168,10 @@ def starved(bench: Bench) -> Iterator[tuple[str, Any]]:
     folder, ids = bench.checkpoint("llama"), token_ids(2, 8)
     for name, engine in ENGINES.items():
         made = bench.trainer(folder, engine, bench.ranks, 1).engine
-        policy = Gated(2.0 if bench.ranks.main else -10.0, 1.0)
-        with using(policy):
+        policy, recorder = StraightThrough(-2.0 if bench.ranks.main else 10.0, 1.0), ScoreGradients()
+        with made.network.call.using(policy, recorder):
             made.backward(made.model(input_ids=ids, labels=ids).loss, last=False)
-        made.backward(policy.centre(made.network.ffns(), bench.ranks.mean), last=True)
+        made.backward(recorder.centering(made.network.ffns(), bench.ranks.mean), last=True)
         yield f"starved/{name}", made.step(1.0)
 
 

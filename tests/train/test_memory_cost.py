@@ -17,10 +17,13 @@ from torch import Tensor
 
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.config import EngineConfig, FinetuneConfig, LossConfig, LossesConfig, RunConfig
+from dynaconv.dynamic.policy import Full
 from dynaconv.ranks import Ranks
 from dynaconv.train import engine as engines
 from dynaconv.train.deepspeed_config import BUCKET
+from dynaconv.train.estimate import finetune_estimate, graph_of
 from dynaconv.train.memory_cost import HEAP_BLOCK, WORD, Graph, Weights, held
+from dynaconv.train.straight_through import StraightThrough
 from dynaconv.train.trainable import choose
 
 Maker = Callable[..., Path]
@@ -54,7 +57,7 @@ def test_more_ranks_hold_less_each(engine: str) -> None:
 def test_ranks_of_plain_torch_hold_everything() -> None:
     assert held(ENGINES["torch"], MODEL).always == 3 * MODEL.all, "and gradients come and go"
     assert worst(ENGINES["torch"], 8) - worst(ENGINES["torch"], 2) == 0
-    assert 0 <= worst(ENGINES["torch"], 2) - worst(ENGINES["torch"], 1) < BUCKET, "averaged in pieces"
+    assert 0 <= worst(ENGINES["torch"], 2) - worst(ENGINES["torch"], 1) < BUCKET, "averaged in chunks"
 
 
 def test_each_stage_shares_more_between_steps() -> None:
@@ -91,13 +94,13 @@ class Halving(Ranks):
     """Two ranks of which the other one has no gradient."""
 
     def mean(self, values: Tensor, weight: float = 1.0) -> Tensor:
-        """Half, of one piece."""
+        """Half, of one chunk."""
         assert values.numel() <= 100
         return values / 2
 
 
-def test_gradients_are_averaged_in_pieces(tiny_checkpoint: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "PIECE", 100)
+def test_gradients_are_averaged_in_chunks(tiny_checkpoint: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "CHUNK", 100)
     folder, ids, found = tiny_checkpoint(), token_ids(), []
     for ranks in (Ranks.single("cpu"), Halving(0, 2, torch.device("cpu"))):
         network = dynamic_model(folder)
@@ -156,7 +159,7 @@ def test_layers_keep_as_many_blocks_as_counted(tiny_checkpoint: Maker, trainable
 
 def kept_bytes(folder: Path, trainable: str, *, dense: bool) -> int:
     """Bytes that the graph of one pass of 4 x 64 tokens keeps beside parameters."""
-    model = dynamic_model(folder, "none" if dense else "gate").train()
+    model = dynamic_model(folder, "none" if dense else "width").train()
     choose(model, trainable)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     found: dict[int, int] = {}
@@ -169,6 +172,7 @@ def kept_bytes(folder: Path, trainable: str, *, dense: bool) -> int:
             alive.append(tensor)
         return tensor
 
-    with using(None if dense else Gated(2.0, 1.0)), torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one):
+    policy = Full() if dense else StraightThrough(-2.0, 1.0)
+    with model.call.using(policy), torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one):
         model(input_ids=token_ids(4, 64), use_cache=False)
     return sum(found.values())

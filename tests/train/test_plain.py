@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM
 from dynaconv.config import FinetuneConfig, LossConfig, LossesConfig
 from dynaconv.data.windows import Windows, training_batch
 from dynaconv.ranks import Ranks
+from dynaconv.train.budget_controller import GAIN
 from dynaconv.train.engine import TorchEngine
-from dynaconv.train.loop import DRIFT_GAIN, Trainer
 from dynaconv.train.sampler import draw
+from dynaconv.train.step import Trainer
 
 Maker = Callable[..., Path]
 BLOCKS, STEPS, SEED = 4, 6, 3
@@ -56,11 +57,11 @@ class Plain:
     def __init__(self, folder: Path, routers: list[Any]) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder).train()
         self.parent = AutoModelForCausalLM.from_pretrained(folder)
-        self.routers, self.drift = routers, 0.0
+        self.routers, self.error = routers, 0.0
         self.own = [p for router in routers for p in router.parameters()]
         groups = [{"params": list(self.model.parameters()), "peak": 3e-3}, {"params": self.own, "peak": 3e-3}]
         self.optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0)
-        self.edge = torch.zeros(1) if routers[0].kind == "blocks" else torch.arange(BLOCKS) + 0.5
+        self.edge = torch.zeros(1) if routers[0].kind == "linear" else torch.arange(BLOCKS) + 0.5
         self.neurons = self.model.config.intermediate_size // BLOCKS
 
     def score(self, layer: int, x: Tensor) -> Tensor:
@@ -81,19 +82,20 @@ class Plain:
         (0.4 * loss + 0.8 * held).backward()
         found, scores = {"loss_full": loss.item(), "kl_full": held.item()}, []
         width, edge = max(1, round(chosen.budget * BLOCKS)), self.edge
-        level = self.level([self.score(i, x).detach() for i, x in enumerate(inputs)], chosen.budget - self.drift)
+        known = [self.score(i, x).detach() for i, x in enumerate(inputs)]
+        threshold = self.threshold(known, chosen.budget - self.error)
         spent: list[float] = []
 
         def factors(layer: int, x: Tensor) -> Tensor:
-            if not chosen.routed:
+            if not chosen.by_router:
                 wanted = -edge if len(edge) > 1 else self.score(layer, x)
                 on = (wanted >= wanted.sort(descending=True).values[..., width - 1, None]).float().detach()
             else:
                 score = self.score(layer, x)
                 score.retain_grad()
                 scores.append((layer, x.detach(), score))
-                soft = torch.sigmoid((score + level - edge) / 0.7)
-                hard = (score + level > edge).float()
+                soft = torch.sigmoid((score - threshold - edge) / 0.7)
+                hard = (score - threshold > edge).float()
                 on = hard + soft - soft.detach()
             spent.append(on.detach().mean().item())
             return on.repeat_interleave(self.neurons, -1)
@@ -103,8 +105,8 @@ class Plain:
         divergence = (taught.exp() * (taught - low)).sum(-1).mean()
         (0.8 * divergence).backward()
         found |= {"kl_dial": divergence.item(), "share_spent": sum(spent) / len(spent)}
-        if chosen.routed:
-            self.drift += DRIFT_GAIN * (found["share_spent"] - chosen.budget)
+        if chosen.by_router:
+            self.error += GAIN * (found["share_spent"] - chosen.budget)
             mean = sum(score.grad.mean() for _, _, score in scores) / len(scores)
             sum((-mean * self.score(layer, x)).sum() for layer, x, _ in scores).backward()
         for group in self.optimizer.param_groups:
@@ -115,14 +117,14 @@ class Plain:
         self.optimizer.step(), self.optimizer.zero_grad()
         return found | {"gradient_norm": norm.item()}
 
-    def level(self, scores: list[Tensor], share: float) -> float:
+    def threshold(self, scores: list[Tensor], share: float) -> float:
         """Between the last block that the share pays for and the first that it does not."""
-        jumps = torch.stack([self.edge - s for s in scores]).flatten().double().sort().values
+        jumps = torch.stack([s - self.edge for s in scores]).flatten().double().sort(descending=True).values
         last = math.ceil(share * len(jumps) - 1e-9)
         return float(jumps[last - 1] + jumps[last]) / 2
 
 
-@pytest.mark.parametrize("kind", ["gate", "blocks"])
+@pytest.mark.parametrize("kind", ["width", "linear"])
 def test_the_recipes_train_as_they_are_written(tiny_checkpoint: Maker, kind: str) -> None:
     folder, windows = tiny_checkpoint(ffn=128), Windows(torch.arange(1, 60).repeat(30).int(), 16)
     made = dynamic_model(folder, kind, blocks=BLOCKS)

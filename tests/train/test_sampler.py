@@ -8,8 +8,9 @@ from statistics import mean
 import pytest
 
 from dynaconv.config import FinetuneConfig
-from dynaconv.train.passes import Plan
+from dynaconv.kernels.partition import Partition
 from dynaconv.train.sampler import draw, uniform_width
+from dynaconv.train.step_plan import StepPlan
 
 CONFIG = FinetuneConfig(budgets=[0.1, 0.8])
 STEPS = 2000
@@ -47,20 +48,23 @@ def test_a_mixture_first_then_the_anchor() -> None:
     assert all(one.higher >= 0.25 for one in draws[90:])
 
 
-def test_routers_alone_are_routed_from_the_start() -> None:
+def test_routers_that_train_alone_decide_from_the_start() -> None:
     later = replace(CONFIG, uniform_share=0.3)
-    assert not draw(later, 0, 29, 100).routed and draw(later, 0, 30, 100).routed
-    assert draw(replace(later, trainable="routers"), 0, 0, 100).routed
+    assert not draw(later, 0, 29, 100).by_router and draw(later, 0, 30, 100).by_router
+    assert draw(replace(later, trainable="routers"), 0, 0, 100).by_router
 
 
 def test_a_plan_is_a_function_of_seed_and_step() -> None:
     config = replace(CONFIG, distribution="low", full_share=0.2, statistics_every=7)
-    plans = [Plan.of(config, 5, step, 50) for step in range(50)]
-    assert plans == [Plan.of(config, 5, step, 50) for step in range(50)]
-    assert plans != [Plan.of(config, 6, step, 50) for step in range(50)]
+    plans = [StepPlan.of(config, 5, step, 50) for step in range(50)]
+    assert plans == [StepPlan.of(config, 5, step, 50) for step in range(50)]
+    assert plans != [StepPlan.of(config, 6, step, 50) for step in range(50)]
     assert any(plan.measured for plan in plans)
-    assert all(plan.routed and step % 7 == 0 for step, plan in enumerate(plans) if plan.measured)
+    assert all(plan.by_router and step % 7 == 0 for step, plan in enumerate(plans) if plan.measured)
 
 
 def test_widths_are_the_nearest_and_never_none() -> None:
-    assert [uniform_width(budget, 8) for budget in (0.01, 0.2, 0.5, 1.0)] == [1, 2, 4, 8]
+    equal = Partition.equal(64, 8)
+    assert [uniform_width(budget, equal) for budget in (0.01, 0.2, 0.5, 1.0)] == [1, 2, 4, 8]
+    unequal = Partition.at((0, 10, 20, 100))
+    assert [uniform_width(budget, unequal) for budget in (0.01, 0.2, 0.5, 0.7)] == [1, 2, 2, 3], "neurons, not blocks"

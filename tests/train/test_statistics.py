@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynamic_models import SELF_TAUGHT, dynamic_model
+from dynamic_models import SELF_TAUGHT, dynamic_model, token_ids
 
 from dynaconv.config import FinetuneConfig
 from dynaconv.data.windows import Windows
+from dynaconv.dynamic.recorder import Recorder
 from dynaconv.ranks import Ranks
 from dynaconv.train.engine import TorchEngine
-from dynaconv.train.loop import Trainer
-from dynaconv.train.statistics import BINS, entropy, information, router_statistics
+from dynaconv.train.statistics import BINS, entropy, information, router_statistics, share_spent
+from dynaconv.train.step import Trainer
 
 Maker = Callable[..., Path]
 
@@ -25,7 +26,7 @@ def test_widths_are_summed_up_by_layer() -> None:
     widths = {0: torch.tensor([0, 2, 2, 4]), 1: torch.tensor([3, 3, 3, 3])}
     found = router_statistics(widths, torch.arange(4), torch.arange(4.0), blocks=4, accuracies={1: 0.75})
     assert found["layer0/width_mean"] == 2.0
-    assert found["layer0/width_deviation"] == pytest.approx(math.sqrt(2))
+    assert found["layer0/width_std"] == pytest.approx(math.sqrt(2))
     assert found["layer0/width_entropy"] == pytest.approx(1.5 * math.log(2))
     assert found["layer1/width_entropy"] == 0.0 == found["layer1/token_information"]
     assert found["layer1/label_accuracy"] == 0.75
@@ -50,7 +51,7 @@ def test_difficulty_is_ranked() -> None:
     assert found["layer0/token_information"] == 0.0
 
 
-@pytest.mark.parametrize("router", ["gate", "curve", "class"])
+@pytest.mark.parametrize("router", ["width", "curve", "class"])
 def test_training_measures_every_so_many_steps(tiny_checkpoint: Maker, router: str) -> None:
     config = FinetuneConfig(
         **SELF_TAUGHT, batch_size=4, router=router, uniform_share=0.25, statistics_every=3, accumulation=2
@@ -64,6 +65,19 @@ def test_training_measures_every_so_many_steps(tiny_checkpoint: Maker, router: s
     assert 0.0 <= found["layer0/width_mean"] <= 4.0
     share = (found["layer0/width_mean"] + found["layer1/width_mean"]) / 8
     assert share == pytest.approx(found["share_spent"], abs=0.1)
-    assert ("layer0/label_accuracy" in found) == (router != "gate")
-    assert 0.0 <= found.get("layer0/label_accuracy", 0.0) <= 1.0
+    assert ("layer0/label_accuracy" in found) == (router != "width")
     assert not [name for name in without.step(3) if name.startswith("layer")]
+
+
+def test_the_share_spent_counts_neurons_not_blocks(tiny_checkpoint: Maker) -> None:
+    model = dynamic_model(tiny_checkpoint(ffn=67))
+    recorder, edges = Recorder(), model.layout.partition.edges
+    with torch.no_grad(), model.call.using(model.policy(0.5), recorder):
+        model(token_ids())
+    widths = [found[0] for found in recorder.widths.values()]
+    expected = sum(edges[int(w)] for found in widths for w in found.flatten()) / edges[-1] / (2 * 24)
+    assert 0.1 < share_spent(recorder, None) == pytest.approx(expected)
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[1, 4:] = False
+    expected = sum(edges[int(w)] for found in widths for w in found[mask]) / edges[-1] / (2 * 16)
+    assert share_spent(recorder, mask) == pytest.approx(expected), "padding spends nothing"

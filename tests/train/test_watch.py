@@ -27,8 +27,8 @@ from dynaconv.errors import ConfigError, QualityError, StaleArtifactError
 from dynaconv.pipeline.recipe import recipe_text
 from dynaconv.ranks import Ranks
 from dynaconv.train.engine import TorchEngine
-from dynaconv.train.loop import Trainer
 from dynaconv.train.state import Position, load_state, save_state
+from dynaconv.train.step import Trainer
 from dynaconv.train.watch import FEWEST, Watch, ending, memory_errors
 
 Maker = Callable[..., Path]

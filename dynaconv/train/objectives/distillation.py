@@ -8,7 +8,7 @@ from dynaconv.config import FinetuneConfig
 from dynaconv.train.objectives.base import Objective, Outcome, Pass, kl_divergence
 
 
-class Distillation(Objective):
+class OfSampledDial(Objective):
     """KL(teacher || sampled dial); the teacher is the frozen parent, or the model's own full dial."""
 
     metric = "kl_dial"
@@ -22,7 +22,7 @@ class Distillation(Objective):
         return kl_divergence(outcome["dial"], outcome[self.teacher])
 
 
-class FullDistillation(Objective):
+class OfFullDial(Objective):
     """KL(parent || full dial): keeps the quality of the full dial."""
 
     metric = "kl_full"

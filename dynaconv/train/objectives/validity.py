@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dynaconv.config import FinetuneConfig
+from dynaconv.train.objectives.base import Objective
 from dynaconv.train.objectives.registry import objectives, trains, weighted
 from dynaconv.train.router_kinds import router_objective
 
@@ -14,7 +15,6 @@ def problems_of_losses(tuning: FinetuneConfig) -> Iterator[str]:
     if tuning.trainable == "routers" and router_objective(tuning) == "none":
         yield f"finetune.trainable is 'routers'; with finetune.router {tuning.router!r} there are none"
         return
-    at_full = [one for one in weighted(tuning).values() if one.student == "full" and trains(one, tuning)]
     lacking = list(_lacking(tuning))
     if lacking:
         for_all = [name for name in objectives(tuning) if all(name in _training(what, tuning) for what in lacking)]
@@ -22,8 +22,9 @@ def problems_of_losses(tuning: FinetuneConfig) -> Iterator[str]:
             yield _nothing_for(" and the ".join(lacking), for_all, tuning)
         else:
             yield from (_nothing_for(what, _training(what, tuning), tuning) for what in lacking)
-    if tuning.full_share and not at_full:
-        yield f"finetune.full_share is {tuning.full_share}; at the full dial nothing is trained (losses, trainable)"
+    if tuning.full_share and not any(one.student == "full" and trains(one, tuning) for one in _from_the_start(tuning)):
+        said = "at the full dial nothing is trained from the first step on (losses, trainable)"
+        yield f"finetune.full_share is {tuning.full_share}; {said}"
 
 
 def _lacking(tuning: FinetuneConfig) -> Iterator[str]:
@@ -32,12 +33,17 @@ def _lacking(tuning: FinetuneConfig) -> Iterator[str]:
     Routers that are trained alone have to learn from the first step on as well: a step must have a gradient.
     """
     alone = tuning.trainable == "routers"
-    used = set(weighted(tuning))
-    first = {name for name in used if getattr(tuning.losses, name).after == 0}
-    if not alone and first.isdisjoint(_training("weights", tuning)):
+    first, ever = _from_the_start(tuning), weighted(tuning).values()
+    if not alone and not any("weights" in trains(one, tuning) for one in first):
         yield "weights"
-    if router_objective(tuning) != "none" and (first if alone else used).isdisjoint(_training("routers", tuning)):
+    if router_objective(tuning) == "none":
+        return
+    if not any("routers" in trains(one, tuning) for one in (first if alone else ever)):
         yield "routers"
+
+
+def _from_the_start(tuning: FinetuneConfig) -> list[Objective]:
+    return [one for name, one in weighted(tuning).items() if getattr(tuning.losses, name).after == 0]
 
 
 def _training(what: str, tuning: FinetuneConfig) -> list[str]:

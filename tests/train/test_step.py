@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from dynaconv.config import FinetuneConfig, LossConfig, LossesConfig
 from dynaconv.data.windows import PaddedWindows, Windows
-from dynaconv.errors import QualityError
+from dynaconv.errors import ArtifactError, QualityError
 from dynaconv.ranks import Ranks
+from dynaconv.train.budget_controller import BudgetController
 from dynaconv.train.engine import TorchEngine
-from dynaconv.train.loop import Trainer
-from dynaconv.train.sampler import draw, rate
+from dynaconv.train.optimizer import learning_rate_factor
+from dynaconv.train.sampler import draw
 from dynaconv.train.state import Position, load_state, save_state
+from dynaconv.train.step import Trainer
 
 Maker = Callable[..., Path]
 STEPS = 8
@@ -35,7 +38,7 @@ def text(length: int = 16) -> Windows:
 
 
 def trainer(folder: Path, config: FinetuneConfig, windows: Windows | None = None, parent: Any = None) -> Trainer:
-    kind = "none" if config.router == "uniform" else config.router
+    kind = {"uniform": "none", "auto": "width"}.get(config.router, config.router)
     engine = TorchEngine(dynamic_model(folder, kind), config, CPU)
     return Trainer(engine, config, windows or text(), STEPS, seed=3, parent=parent)
 
@@ -52,7 +55,7 @@ def weights(made: Trainer) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in made.engine.model.state_dict().items()}
 
 
-@pytest.mark.parametrize("router", ["gate", "curve", "class", "uniform"])
+@pytest.mark.parametrize("router", ["width", "linear", "curve", "class", "uniform"])
 def test_losses_fall_and_shares_are_met(tiny_checkpoint: Maker, router: str) -> None:
     metrics: list[dict[str, float]] = []
     config = replace(CONFIG, router=router)
@@ -68,7 +71,7 @@ def test_losses_fall_and_shares_are_met(tiny_checkpoint: Maker, router: str) -> 
         assert abs(mean) < 0.05
 
 
-@pytest.mark.parametrize("router", ["gate", "curve"])
+@pytest.mark.parametrize("router", ["width", "linear", "curve"])
 @pytest.mark.parametrize("stop", [1, 5])
 def test_resume_is_exact(tiny_checkpoint: Maker, tmp_path: Path, router: str, stop: int) -> None:
     folder, config = tiny_checkpoint(attention_dropout=0.1), replace(CONFIG, router=router)
@@ -81,7 +84,7 @@ def test_resume_is_exact(tiny_checkpoint: Maker, tmp_path: Path, router: str, st
     def until(step: int, found: dict[str, float]) -> None:
         got.append(found)
         if step + 1 == stop:
-            save_state(tmp_path, first.engine, Position(stop, first.drift, 1.0))
+            save_state(tmp_path, first.engine, Position(stop, first.controller.error, 1.0))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -89,7 +92,7 @@ def test_resume_is_exact(tiny_checkpoint: Maker, tmp_path: Path, router: str, st
     torch.manual_seed(99)
     second = trainer(folder, config)
     position = load_state(tmp_path, second.engine)
-    second.drift = position.drift
+    second.controller = BudgetController(position.budget_error)
     second.run(position.step, lambda step, found: got.append(found))
     assert got == expected
     for name, value in weights(whole).items():
@@ -107,6 +110,17 @@ def test_an_unfinished_state_is_not_taken_for_one(tiny_checkpoint: Maker, tmp_pa
     assert [path.name for path in sorted(tmp_path.glob("state-*"))] == ["state-00000004"]
 
 
+def test_a_state_of_an_earlier_version_is_refused(tiny_checkpoint: Maker, tmp_path: Path) -> None:
+    made = trainer(tiny_checkpoint(), CONFIG)
+    save_state(tmp_path, made.engine, Position(2, 0.1, 1.0))
+    file = tmp_path / "state-00000002" / "state.json"
+    saved = json.loads(file.read_text())
+    saved["position"] = {"step": 2, "drift": 0.1, "seconds": 1.0}
+    file.write_text(json.dumps(saved))
+    with pytest.raises(ArtifactError, match=r"another version(.|\n)*state-00000002(.|\n)*drift(.|\n)*begin again"):
+        load_state(tmp_path, made.engine)
+
+
 def test_micro_batches_give_the_gradient_of_the_whole(tiny_checkpoint: Maker) -> None:
     folder = tiny_checkpoint()
     config = replace(CONFIG, router="uniform", clip=1e9)
@@ -116,7 +130,7 @@ def test_micro_batches_give_the_gradient_of_the_whole(tiny_checkpoint: Maker) ->
     assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("router", ["gate", "curve", "class"])
+@pytest.mark.parametrize("router", ["width", "linear", "curve", "class"])
 def test_checkpointing_changes_nothing(tiny_checkpoint: Maker, router: str) -> None:
     """Layers are recomputed under the dial of their own forward pass, which for one step are two different ones."""
     folder, config = tiny_checkpoint(), replace(CONFIG, router=router, losses=consistent())
@@ -129,8 +143,7 @@ def test_checkpointing_changes_nothing(tiny_checkpoint: Maker, router: str) -> N
     for step in (0, 4):
         a, b = plain.step(step), saving.step(step)
         assert a == b
-    once = router == "gate"  # the higher dial, without gradient; widths in whole numbers go to the kernel there
-    assert len(calls) == 2 * 2 * 2 + once, "two steps of two passes, each run forward twice"
+    assert len(calls) == 2 * 2 * 2 + 2, "two steps of two passes, each run forward twice, and of one without gradient"
     for name, value in weights(plain).items():
         assert torch.equal(value, weights(saving)[name]), name
 
@@ -175,5 +188,5 @@ def test_dial_is_a_function_of_seed_and_step() -> None:
     assert draws == [draw(CONFIG, 1, step, 100) for step in range(100)]
     assert draws != [draw(CONFIG, 2, step, 100) for step in range(100)]
     assert all(0.2 <= one.budget <= 0.75 for one in draws)
-    assert [one.routed for one in draws] == [False] * 25 + [True] * 75
-    assert rate(0, 100, 10) == pytest.approx(0.1) and rate(99, 100, 10) < 0.001
+    assert [one.by_router for one in draws] == [False] * 25 + [True] * 75
+    assert learning_rate_factor(0, 100, 10) == pytest.approx(0.1) and learning_rate_factor(99, 100, 10) < 0.001

@@ -15,7 +15,7 @@ from dynaconv.convert.resize_stage import SubcloneStage
 from dynaconv.pipeline.plan import make_plan
 from dynaconv.pipeline.registry import load as load_stage
 from dynaconv.recipes import compose
-from dynaconv.train.cost import finetune_estimate, passes
+from dynaconv.train.estimate import finetune_estimate, pass_count
 
 Maker = Callable[..., Path]
 DENSE = LossesConfig(full=LossConfig(1.0), distill=LossConfig(0.0), distill_full=LossConfig(0.0))
@@ -31,13 +31,13 @@ def estimate(checkpoint: Checkpoint, parent: Checkpoint | None = None, **changes
 
 def test_passes_are_told_against_dense_training() -> None:
     tuning = RunConfig().finetune
-    assert passes(replace(tuning, router="uniform", losses=DENSE)).dense == 1.0
-    assert passes(tuning).dense == pytest.approx(7 / 3)
-    assert str(passes(tuning)) == "2 forward and 2 backward passes, 1 forward of the parent"
+    assert pass_count(replace(tuning, router="uniform", losses=DENSE)).dense == 1.0
+    assert pass_count(tuning).dense == pytest.approx(7 / 3)
+    assert str(pass_count(tuning)) == "2 forward and 2 backward passes, 1 forward of the parent"
     tuning = replace(tuning, **SELF_TAUGHT)
-    assert passes(tuning).dense == 2.0
-    assert passes(replace(tuning, gradient_checkpointing=True)).dense == pytest.approx(8 / 3)
-    assert passes(replace(tuning, full_share=0.5)).dense == 1.5
+    assert pass_count(tuning).dense == 2.0
+    assert pass_count(replace(tuning, gradient_checkpointing=True)).dense == pytest.approx(8 / 3)
+    assert pass_count(replace(tuning, full_share=0.5)).dense == 1.5
 
 
 def test_a_parent_of_another_size_is_told_by_its_own(tiny_checkpoint: Maker) -> None:
