@@ -193,7 +193,9 @@ def test_the_top_blocks_of_routed_experts_are_the_highest_scored(seed: int, widt
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind].experts == "nested"])
 def test_the_top_blocks_of_nested_experts_are_the_first(kind: str) -> None:
-    assert router(kind).top(tokens(6).view(2, 3, 6), 2).mask(5).tolist() == [[[True, True, False, False, False]] * 3] * 2
+    assert (
+        router(kind).top(tokens(6).view(2, 3, 6), 2).mask(5).tolist() == [[[True, True, False, False, False]] * 3] * 2
+    )
 
 
 def test_curve_width_is_the_cheapest_trade() -> None:
