@@ -1,4 +1,4 @@
-"""How fast the dynamic FFN is on one CPU thread, against the dense FFN: nested blocks, and routed ones of several sizes.
+"""How fast the dynamic FFN is on one CPU thread, against the dense one: blocks nested, and routed of several sizes.
 
     python scripts/bench_cpu.py --out benchmarks/cpu.json
 

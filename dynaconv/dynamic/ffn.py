@@ -80,7 +80,7 @@ class DynamicFFN(nn.Module):
         self.train(owner.training)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         register_activation(self.activation_name, self.activation)  # it may be another process
 
     def install(self, model: nn.Module) -> None:
@@ -114,7 +114,7 @@ class DynamicFFN(nn.Module):
         for mixin, name in ((Opening, self.names.up), (Passing, self.names.down)):
             module = innermost(projection(owner, name))  # adapters come and go around it
             module.__class__ = inline_class(mixin, type(module))  # type: ignore[arg-type]
-            module.handover = handover  # type: ignore[assignment]
+            module.handover = handover
             rebind(module)
 
     def forward(self, x: Tensor, *, scores_only: bool = False) -> Tensor:

@@ -1,7 +1,8 @@
 """The code that travels with an exported model: flat files that transformers loads with ``trust_remote_code=True``.
 
-Sources are our own ``dynamic`` and ``kernels`` modules that the model class reaches. transformers wants one folder and
-relative imports, so ``from dynaconv.dynamic.dial import Dial`` becomes ``from .dynaconv_dial import Dial``.
+Sources are our own ``dynamic``, ``kernels`` and ``frontier`` modules that the model class reaches. transformers wants
+one folder and relative imports, so ``from dynaconv.dynamic.dial import Dial`` becomes ``from .dynaconv_dial import
+Dial``.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ from pathlib import Path
 ENTRY = "dynaconv.dynamic.modeling"
 ENTRY_FILE = "modeling_dynaconv"
 ENTRY_CLASS = "DynaconvForCausalLM"
-_OURS = re.compile(r"^(\s*)from (dynaconv\.(?:dynamic|kernels)\.\w+) import ", re.MULTILINE)
+_OURS = re.compile(r"^(\s*)from (dynaconv\.(?:frontier|dynamic(?:\.\w+)+|kernels\.\w+)) import ", re.MULTILINE)
 
 
 def flat_name(module: str) -> str:
     """File stem of ``module`` in an exported folder."""
     if module == ENTRY:
         return ENTRY_FILE
-    _, package, name = module.split(".")
-    return f"dynaconv_{name}" if package == "dynamic" else f"dynaconv_{package}_{name}"
+    return "dynaconv_" + module.removeprefix("dynaconv.").removeprefix("dynamic.").replace(".", "_")
 
 
 def shipped_modules() -> dict[str, str]:

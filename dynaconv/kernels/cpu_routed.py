@@ -34,12 +34,13 @@ GAP = 384
 Found at D 2048, F 8192, one token, fp32: with pieces of 128 to 512 columns, beginning one costs 320 to 500."""
 
 RUN_BYTES = {torch.bfloat16: 288 << 10, torch.float16: 288 << 10}
-RUN_BYTES_OTHER = 128 << 10
-"""What one more run of blocks costs a single token, in bytes of one matrix read in that time: the calls, and a slower
-read of short pieces. Found by timing ``union_ffn`` beside the reference (one thread of an AMD EPYC with AVX-512, random
-blocks of 16 and 128 neurons, shares .25 to .75, D x F of 256 x 1024, 1024 x 4096 and 2048 x 8192): blocks of 16 cost 55,
-110 and 170 KiB in fp32, 80, 220 and 260 KiB in bf16. With blocks of 128 a run costs up to 1 MiB, but there are too few
-for that to decide. The slower kernel was chosen in 2 of 30 cases, and lost 4 and 8 %."""
+RUN_BYTES_OTHER = 112 << 10
+"""What one more run of blocks costs a single token, in bytes of one matrix that are read in that time: the calls, and
+short pieces being read more slowly. Found by timing ``union_ffn`` beside the reference (one thread of an AMD EPYC with
+AVX-512, random blocks of 16 and 128 neurons, shares .25, .5 and .75, D x F of 256 x 1024, 1024 x 4096 and 2048 x 8192).
+Blocks of 16 cost 55 to 170 KiB in fp32 and 80 to 290 KiB in bf16, more where D is larger; a run of larger blocks costs
+more, but there are too few for that to decide. Of 36 cases these values chose the slower kernel in one, by 4 %; 256 KiB
+for both, in three, by up to 23 %."""
 
 
 def can_run(ffn: BlockedFFN, x: Tensor, choice: Choice) -> tuple[bool, str]:
@@ -110,7 +111,10 @@ def union_ffn(ffn: BlockedFFN, x: Tensor, on: Tensor) -> Tensor:
         if off is not None:
             _clear(hidden, off, ffn.partition, start, stop)
         down = ffn.columns(start, stop)
-        total = linear(hidden, down, ffn.weights.down_bias) if total is None else total.addmm_(hidden, down.t())
+        if total is None:
+            total = linear(hidden, down, ffn.weights.down_bias)
+        else:  # of another type under autocast, which products in place ignore
+            total.addmm_(hidden.to(total.dtype), down.t().to(total.dtype))
     return ffn.no_blocks(x) if total is None else total
 
 

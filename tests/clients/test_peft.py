@@ -1,12 +1,13 @@
 """peft's adapters on FFN and attention projections: whatever state they are in, dials compute what is right.
 
-The truth is a stock model with the same adapters, whose unused neurons are put to zero by hooks; with routers, a dynamic
-model whose weights have the adapters in them.
+The truth is a stock model with the same adapters, whose unused neurons are put to zero by hooks; with routers, a
+dynamic model whose weights have the adapters in them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def test_two_adapters(tiny_checkpoint: Maker, family: str, first: str) -> None:
         for wrapped in (dynamic, stock):
             wrapped.base_model.set_adapter(active)
         seen.append(compare(dynamic, stock, family))
-    assert not any(torch.allclose(a, b, atol=1e-2) for a, b in zip(seen, seen[1:], strict=False))
+    assert not any(torch.allclose(a, b, atol=1e-2) for a, b in pairwise(seen))
     dynamic.merge_adapter()
     torch.testing.assert_close(compare(dynamic, stock, family), seen[-1], rtol=1e-4, atol=1e-3)
 

@@ -18,7 +18,6 @@ import dynaconv
 from dynaconv import Dial
 from dynaconv.dynamic.recorder import Recorder
 from dynaconv.kernels.choice import Prefix, Subset
-from dynaconv.kernels.partition import Partition
 from dynaconv.kernels.reference import blocked_ffn
 
 Maker = Callable[..., Path]

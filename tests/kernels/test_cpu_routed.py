@@ -191,3 +191,16 @@ def test_each_kernel_has_its_case() -> None:
     assert kernel_for(fine, one, alternating.repeat(1, 64)) == "masked", "thousands of scattered neurons"
     assert kernel_for(fine, few, random_subset(4, 16384)) == "masked"
     assert kernel_for(wide, few, torch.ones(4, 256, dtype=torch.bool)) != "grouped", "there is nothing to leave out"
+
+
+def test_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrix products then come in half precision, whatever the weights are in."""
+    monkeypatch.setattr(cpu_routed, "GAP", 0)
+    ffn = BlockedFFN(random_network(64, 512, dtype=torch.float32), Partition.equal(512, 8))
+    for tokens in (1, 40):
+        x, on = torch.randn(tokens, 64), random_subset(tokens, 64)
+        expected = blocked_ffn(ffn, x, Subset(on))
+        with torch.autocast("cpu", torch.bfloat16):
+            found = [kernel(ffn, x, on) for kernel in KERNELS]
+        for one in found:
+            assert float((one.float() - expected).norm() / expected.norm()) < 2e-2
