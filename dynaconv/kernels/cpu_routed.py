@@ -1,13 +1,13 @@
 """Backend for routed blocks on a CPU: each token has blocks of its own choice. Ships with every exported model.
 
-For inference. Weights are used where they lie: both kernels read no block that no token uses, but for columns of down
-in small gaps, and differ in what they compute of the others:
+For inference. Weights are used where they lie: the first two read no block that no token uses, but for columns of down
+in small gaps, and differ in what they compute of the others.
 
 * ``union_ffn``: every token gets every block that some token uses, then what a token did not choose is put to zero. For
   one token that is exactly its own blocks; for a few, wasted arithmetic is cheaper than further steps.
 * ``grouped_ffn``: block by block, on the tokens that use it, gathered; results are added up where they belong.
-* Where blocks are so small and scattered that their matrix products would cost more than what is left out, every neuron
-  is computed and masked.
+* ``masked_ffn``: every neuron is computed, then what a token did not choose is put to zero. For blocks so small and
+  scattered that their matrix products would cost more than what is left out.
 
 Shapes: M tokens, D residual width, F neurons, N blocks.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +28,6 @@ from dynaconv.kernels.blocks import BlockedFFN
 from dynaconv.kernels.choice import Choice, Subset
 from dynaconv.kernels.cpu_nested import STEP_COST, few_counts, step_cost
 from dynaconv.kernels.partition import Partition
-from dynaconv.kernels.reference import blocked_ffn
 
 GAP = 384
 """Columns of down that are read in the time that beginning another piece takes: its rows lie on pages of their own.
@@ -57,10 +57,7 @@ def can_run(ffn: BlockedFFN, x: Tensor, choice: Choice) -> tuple[bool, str]:
 def run(ffn: BlockedFFN, x: Tensor, choice: Choice) -> Tensor:
     """The FFN ``(M, D)`` of tokens ``x`` (M, D) that use a :class:`Subset` (M, N) each."""
     assert isinstance(choice, Subset)
-    kernel = kernel_for(ffn, x, choice.on)
-    if kernel == "masked":
-        return blocked_ffn(ffn, x, choice)
-    return (union_ffn if kernel == "union" else grouped_ffn)(ffn, x, choice.on)
+    return KERNELS[kernel_for(ffn, x, choice.on)](ffn, x, choice.on)
 
 
 def kernel_for(ffn: BlockedFFN, x: Tensor, on: Tensor) -> str:
@@ -101,7 +98,7 @@ def union_ffn(ffn: BlockedFFN, x: Tensor, on: Tensor) -> Tensor:
         ``(M, D)``.
     """
     edges = ffn.partition.edges
-    off = None if len(x) == 1 else ~on
+    off = None if len(x) == 1 else Off.of(ffn.partition, on)
     total: Tensor | None = None
     for piece in pieces([(edges[first], edges[end]) for first, end in runs(on.any(0).tolist())]):
         start, stop = piece[0][0], piece[-1][1]
@@ -109,7 +106,7 @@ def union_ffn(ffn: BlockedFFN, x: Tensor, on: Tensor) -> Tensor:
         for a, b in piece:
             ffn.neurons(x, a, b, out=hidden[:, a - start : b - start])
         if off is not None:
-            _clear(hidden, off, ffn.partition, start, stop)
+            off.clear(hidden, start)
         down = ffn.columns(start, stop)
         if total is None:
             total = linear(hidden, down, ffn.weights.down_bias)
@@ -140,6 +137,20 @@ def grouped_ffn(ffn: BlockedFFN, x: Tensor, on: Tensor) -> Tensor:
     return total.to(x.dtype)
 
 
+@torch.no_grad()
+def masked_ffn(ffn: BlockedFFN, x: Tensor, on: Tensor) -> Tensor:
+    """The FFN of each token restricted to its own blocks, every neuron computed.
+
+    Arguments and result as :func:`union_ffn`.
+    """
+    hidden = ffn.neurons(x, 0, ffn.partition.neurons)
+    Off.of(ffn.partition, on).clear(hidden, 0)
+    return linear(hidden, ffn.weights.down, ffn.weights.down_bias)
+
+
+KERNELS = {"union": union_ffn, "grouped": grouped_ffn, "masked": masked_ffn}
+
+
 def runs(used: Sequence[bool]) -> list[tuple[int, int]]:
     """First block and the one behind the last of every run of blocks in ``used`` (N,), in order."""
     return [run.span() for run in re.finditer(b"\x01+", bytes(used))]
@@ -156,16 +167,30 @@ def pieces(used: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
     return joined
 
 
-def _clear(hidden: Tensor, off: Tensor, partition: Partition, start: int, stop: int) -> None:
-    """Puts to zero what tokens computed of blocks that are ``off`` (M, N) for them, in neurons [start, stop)."""
-    edges = partition.edges
-    first, end = edges.index(start), edges.index(stop)
-    size = edges[first + 1] - start
-    if size * (end - first) == stop - start and partition.uniform_size is not None:
-        hidden.unflatten(1, (end - first, size)).masked_fill_(off[:, first:end, None], 0)
-        return
-    for block in range(first, end):
-        hidden[:, edges[block] - start : edges[block + 1] - start].masked_fill_(off[:, block, None], 0)
+class Off(NamedTuple):
+    """What tokens do not use, in blocks of one size but for the last.
+
+    Attributes:
+        size: Neurons a block.
+        blocks: ``(M, n)`` bool.
+    """
+
+    size: int
+    blocks: Tensor
+
+    @classmethod
+    def of(cls, partition: Partition, on: Tensor) -> Off:
+        """The reverse of ``on`` (M, N); neuron by neuron where the blocks are uneven."""
+        return cls(partition.block_size, ~on) if partition.block_size else cls(1, partition.spread(~on))
+
+    def clear(self, hidden: Tensor, start: int) -> None:
+        """Puts to zero what is off in ``hidden`` (M, n), the neurons from ``start`` on, where a block begins."""
+        size, first = self.size, start // self.size
+        whole, rest = divmod(hidden.shape[1], size)
+        off = self.blocks[:, first : first + whole, None]
+        hidden[:, : whole * size].unflatten(1, (whole, size)).masked_fill_(off, 0)
+        if rest:
+            hidden[:, whole * size :].masked_fill_(self.blocks[:, -1:], 0)
 
 
 def _variant(ffn: BlockedFFN, x: Tensor, choice: Choice) -> str:
