@@ -57,11 +57,14 @@ def can_run(ffn: BlockedFFN, x: Tensor, choice: Choice) -> tuple[bool, str]:
 def run(ffn: BlockedFFN, x: Tensor, choice: Choice) -> Tensor:
     """The FFN ``(M, D)`` of tokens ``x`` (M, D) that use a :class:`Subset` (M, N) each."""
     assert isinstance(choice, Subset)
-    return KERNELS[kernel_for(ffn, x, choice.on)](ffn, x, choice.on)
+    kernel, used = kernel_for(ffn, x, choice.on)
+    if kernel == "union":
+        return union_ffn(ffn, x, choice.on, used)
+    return (grouped_ffn if kernel == "grouped" else masked_ffn)(ffn, x, choice.on)
 
 
-def kernel_for(ffn: BlockedFFN, x: Tensor, on: Tensor) -> str:
-    """Which kernel costs least: ``union``, ``grouped`` or ``masked``.
+def kernel_for(ffn: BlockedFFN, x: Tensor, on: Tensor) -> tuple[str, list[tuple[int, int]]]:
+    """Which kernel costs least, ``union``, ``grouped`` or ``masked``; and the runs of blocks that any token uses.
 
     One token waits for weights to be read, so neurons are counted, and each run of blocks as :data:`RUN_BYTES` more.
     Several tokens pay for arithmetic, and :func:`step_cost` for each matrix product.
@@ -69,38 +72,41 @@ def kernel_for(ffn: BlockedFFN, x: Tensor, on: Tensor) -> str:
     tokens, width = x.shape
     partition, neurons = ffn.partition, ffn.partition.neurons
     if tokens == 1:
-        used_runs = runs(on.tolist()[0])
-        read = sum(partition.edges[end] - partition.edges[first] for first, end in used_runs)
-        further = max(0, len(used_runs) - 1)
+        edges, joined = partition.edges, runs(on.tolist()[0])
+        read = sum(edges[end] - edges[first] for first, end in joined)
+        further = max(0, len(joined) - 1)
         cost = RUN_BYTES.get(x.dtype, RUN_BYTES_OTHER) / (width * x.itemsize)
-        return "union" if read + further * cost <= neurons else "masked"
+        return ("union" if read + further * cost <= neurons else "masked"), joined
     counts = on.sum(0)
     used = counts > 0
     sizes = torch.tensor(partition.sizes) if partition.uniform_size is None else partition.uniform_size
-    read, joined = int((used * sizes).sum()), len(runs(used.tolist()))
+    read, joined = int((used * sizes).sum()), runs(used.tolist())
     cost = step_cost(x.dtype) / width
     wasted = int(((tokens - counts) * used * sizes).sum())
     if wasted > int(used.sum()) * cost:
-        return "grouped"
-    return "union" if read * tokens + joined * cost < neurons * tokens + cost else "masked"
+        return "grouped", joined
+    return ("union" if read * tokens + len(joined) * cost < neurons * tokens + cost else "masked"), joined
 
 
 @torch.no_grad()
-def union_ffn(ffn: BlockedFFN, x: Tensor, on: Tensor) -> Tensor:
+def union_ffn(ffn: BlockedFFN, x: Tensor, on: Tensor, used: Sequence[tuple[int, int]] | None = None) -> Tensor:
     """The FFN of each token restricted to its own blocks, computed on all that any of them uses.
 
     Args:
         ffn: The network.
         x: ``(M, D)``.
         on: ``(M, N)`` bool.
+        used: The runs of blocks that any token uses, where they are known.
 
     Returns:
         ``(M, D)``.
     """
     edges = ffn.partition.edges
-    off = None if len(x) == 1 else Off.of(ffn.partition, on)
+    if used is None:
+        used = runs(on.any(0).tolist())
+    off = None if x.shape[0] == 1 else Off.of(ffn.partition, on)
     total: Tensor | None = None
-    for piece in pieces([(edges[first], edges[end]) for first, end in runs(on.any(0).tolist())]):
+    for piece in pieces([(edges[first], edges[end]) for first, end in used]):
         start, stop = piece[0][0], piece[-1][1]
         hidden = x.new_zeros(len(x), stop - start) if len(piece) > 1 else x.new_empty(len(x), stop - start)
         for a, b in piece:
@@ -110,7 +116,9 @@ def union_ffn(ffn: BlockedFFN, x: Tensor, on: Tensor) -> Tensor:
         down = ffn.columns(start, stop)
         if total is None:
             total = linear(hidden, down, ffn.weights.down_bias)
-        else:  # of another type under autocast, which products in place ignore
+        elif total.dtype == x.dtype:
+            total.addmm_(hidden, down.t())
+        else:  # under autocast, which leaves products in place alone
             total.addmm_(hidden.to(total.dtype), down.t().to(total.dtype))
     return ffn.no_blocks(x) if total is None else total
 
@@ -146,9 +154,6 @@ def masked_ffn(ffn: BlockedFFN, x: Tensor, on: Tensor) -> Tensor:
     hidden = ffn.neurons(x, 0, ffn.partition.neurons)
     Off.of(ffn.partition, on).clear(hidden, 0)
     return linear(hidden, ffn.weights.down, ffn.weights.down_bias)
-
-
-KERNELS = {"union": union_ffn, "grouped": grouped_ffn, "masked": masked_ffn}
 
 
 def runs(used: Sequence[bool]) -> list[tuple[int, int]]:
@@ -195,7 +200,7 @@ class Off(NamedTuple):
 
 def _variant(ffn: BlockedFFN, x: Tensor, choice: Choice) -> str:
     assert isinstance(choice, Subset)
-    return kernel_for(ffn, x, choice.on)
+    return kernel_for(ffn, x, choice.on)[0]
 
 
 CPU_ROUTED = Backend("cpu-routed", can_run, run, _variant)

@@ -173,7 +173,7 @@ def test_steps_are_weighed_against_arithmetic(cost: int, kernel: str, monkeypatc
     monkeypatch.setattr(cpu_nested, "STEP_COST_OTHER", cost)
     ffn = network(random_partition(F, 5))
     x, on = torch.randn(40, D, dtype=torch.float64), random_subset(40, 5)
-    assert kernel_for(ffn, x, on) == kernel
+    assert kernel_for(ffn, x, on)[0] == kernel
     check(ffn, x, on)
 
 
@@ -183,14 +183,14 @@ def test_each_kernel_has_its_case() -> None:
     one, few, many = (torch.randn(tokens, 256) for tokens in (1, 4, 1024))
     alternating = (torch.arange(256) % 2 == 0)[None]
     first_half = (torch.arange(256) < 128)[None]
-    assert kernel_for(wide, one, first_half) == "union", "one run of a token's own blocks"
-    assert kernel_for(wide, few, first_half.expand(4, -1)) == "union", "tokens agree"
+    assert kernel_for(wide, one, first_half)[0] == "union", "one run of a token's own blocks"
+    assert kernel_for(wide, few, first_half.expand(4, -1))[0] == "union", "tokens agree"
     coarse = BlockedFFN(wide.weights, Partition.equal(16384, 1024))
-    assert kernel_for(coarse, many, random_subset(1024, 16)) == "grouped", "much arithmetic in few steps"
+    assert kernel_for(coarse, many, random_subset(1024, 16))[0] == "grouped", "much arithmetic in few steps"
     fine = BlockedFFN(wide.weights, Partition.equal(16384, 1))
-    assert kernel_for(fine, one, alternating.repeat(1, 64)) == "masked", "thousands of scattered neurons"
-    assert kernel_for(fine, few, random_subset(4, 16384)) == "masked"
-    assert kernel_for(wide, few, torch.ones(4, 256, dtype=torch.bool)) != "grouped", "there is nothing to leave out"
+    assert kernel_for(fine, one, alternating.repeat(1, 64))[0] == "masked", "thousands of scattered neurons"
+    assert kernel_for(fine, few, random_subset(4, 16384))[0] == "masked"
+    assert kernel_for(wide, few, torch.ones(4, 256, dtype=torch.bool))[0] != "grouped", "there is nothing to leave out"
 
 
 def test_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
