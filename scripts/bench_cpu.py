@@ -1,12 +1,13 @@
-"""How fast the nested FFN is on one CPU thread, against the dense FFN and the loop over widths that everyone writes.
+"""How fast the dynamic FFN is on one CPU thread, against the dense one: blocks nested, and routed of several sizes.
 
     python scripts/bench_cpu.py --out benchmarks/cpu.json
 
 Every candidate runs once in every repetition, each on another layer's weights, so that drift of a shared machine hits
 all alike and no cache holds what is timed. The clock is the thread's own CPU time, which on an idle machine is the time
-on the wall (reported beside it) and does not count the moments another process had the core. Mixed batches are several
-draws of random widths: each candidate's time is the median over repetitions of one draw, averaged over the draws.
-Results are checked in the same run. Takes two to three minutes.
+on the wall (reported beside it) and does not count the moments another process had the core. A case is several draws of
+what tokens use: each candidate's time is the median over repetitions of one draw, averaged over the draws. Tokens of
+routed experts use random blocks, which is the worst case: real tokens agree on some. Results are checked in the same
+run. Takes about five minutes.
 """
 
 from __future__ import annotations
@@ -24,81 +25,96 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from dynaconv.kernels.cpu import prefix_ffn
+from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from dynaconv.kernels.dispatch import decide, nested_ffn
-from dynaconv.kernels.reference import block_ffn, hidden_neurons, width_masks
+from dynaconv.dynamic.layout import RouterLayout
+from dynaconv.dynamic.routers.base import Router
+from dynaconv.dynamic.routers.kinds import KINDS
+from dynaconv.kernels.blocks import BlockedFFN
+from dynaconv.kernels.choice import Choice, Prefix, Subset
+from dynaconv.kernels.cpu_nested import prefix_ffn
+from dynaconv.kernels.dispatch import blocked_ffn, decide
+from dynaconv.kernels.partition import Partition
+from dynaconv.kernels.reference import blocked_ffn as reference_ffn
+from dynaconv.kernels.reference import hidden_neurons
 from dynaconv.kernels.weights import FFNWeights
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 ONE_WIDTH_SHARES = (0.25, 0.5, 0.75, 1.0)
 MIXED = {8: (48, 4), 64: (8, 5), 256: (4, 4)}  # batch: draws of widths, repetitions of each
 ONE_WIDTH_REPETITIONS = 60
+ROUTED_SHARES = (0.25, 0.5, 0.75)
+ROUTED_BATCHES = {1: 40, 8: 20, 64: 10, 256: 6}  # batch: repetitions
 WARM_UP = 2  # repetitions not timed, in which oneDNN compiles its kernels
 
 
 @dataclass
 class Bench:
-    """What is timed on: ``layers`` random networks of one shape and dtype, each with a router in front."""
+    """What is timed on: random networks of one shape and dtype, one a layer, each with a router in front."""
 
-    weights: list[FFNWeights]
-    routers: list[torch.nn.Module]
-    edges: tuple[int, ...]
+    ffns: list[BlockedFFN]
+    routers: list[Router]
 
     @classmethod
-    def random(cls, shape: tuple[int, int], blocks: int, layers: int, dtype: torch.dtype) -> Bench:
-        """Draws the weights. ``shape`` is (D, F)."""
-        wide, neurons = shape
-        networks = [
-            FFNWeights(
-                _random(neurons, wide, dtype), _random(neurons, wide, dtype), _random(wide, neurons, dtype), silu
-            )
-            for _ in range(layers)
-        ]
-        routers: list[torch.nn.Module] = [
-            torch.nn.Sequential(torch.nn.Linear(wide, 64), torch.nn.SiLU(), torch.nn.Linear(64, 1)).to(dtype)
-            for _ in range(layers)
-        ]
-        return cls(networks, routers, tuple(neurons * n // blocks for n in range(blocks + 1)))
+    def of(cls, weights: list[FFNWeights], block_size: int, kind: str) -> Bench:
+        """``weights`` in blocks of ``block_size`` neurons, with routers of ``kind``."""
+        neurons, wide = weights[0].up.shape
+        partition = Partition.equal(neurons, block_size)
+        layout = RouterLayout(kind, linear=kind == "linear", rank=64 * -(-wide // 1024) if kind == "linear" else 64)
+        routers = [KINDS[kind](wide, partition, layout).to(weights[0].up.dtype) for _ in weights]
+        return cls([BlockedFFN(one, partition) for one in weights], routers)
 
     @property
-    def blocks(self) -> int:
-        """Number of blocks, N."""
-        return len(self.edges) - 1
+    def partition(self) -> Partition:
+        """How every network is cut."""
+        return self.ffns[0].partition
 
-    def dense(self, layer: int, x: torch.Tensor, widths: torch.Tensor) -> torch.Tensor:
+    def dense(self, layer: int, x: Tensor, choice: Choice) -> Tensor:
         """All neurons for all tokens, as transformers computes them."""
-        weights = self.weights[layer]
+        weights = self.ffns[layer].weights
         return linear(hidden_neurons(x, weights), weights.down)
 
-    def nested(self, layer: int, x: torch.Tensor, widths: torch.Tensor) -> torch.Tensor:
+    def dynamic(self, layer: int, x: Tensor, choice: Choice) -> Tensor:
         """What dynaconv runs."""
-        return nested_ffn(x, widths, self.weights[layer], self.edges)
+        return blocked_ffn(self.ffns[layer], x, choice)
 
-    def routed(self, layer: int, x: torch.Tensor, widths: torch.Tensor) -> torch.Tensor:
+    def with_router(self, layer: int, x: Tensor, choice: Choice) -> Tensor:
         """The same with the cost of a router, whose answer is then not used."""
-        self.routers[layer](x).mul(self.blocks).round().clamp(0, self.blocks).long()
-        return self.nested(layer, x, widths)
+        router = self.routers[layer]
+        router.choose(router(x), 0.0)
+        return blocked_ffn(self.ffns[layer], x, choice)
 
-    def per_class(self, layer: int, x: torch.Tensor, widths: torch.Tensor) -> torch.Tensor:
+    def per_width(self, layer: int, x: Tensor, choice: Choice) -> Tensor:
         """The loop over the widths that occur: gather the tokens, compute, scatter."""
+        assert isinstance(choice, Prefix)
         out = torch.empty_like(x)
-        for width in sorted(set(widths.tolist())):
-            rows = (widths == width).nonzero().squeeze(1)
-            out[rows] = prefix_ffn(x[rows], width, self.weights[layer], self.edges)
+        for width in sorted(set(choice.widths.tolist())):
+            rows = (choice.widths == width).nonzero().squeeze(1)
+            out[rows] = prefix_ffn(self.ffns[layer], x[rows], width)
         return out
 
 
 @dataclass
+class Case:
+    """A line of the table: what tokens use, in several draws."""
+
+    mix: str
+    draws: list[Choice]
+    repetitions: int
+    candidates: tuple[str, ...] = ("dense", "dynamic", "with_router")
+
+
+@dataclass
 class Row:
-    """One line of the table: a case, the time of each candidate, and how many times as long dense takes."""
+    """A case's time with each candidate, and how many times as long dense takes."""
 
     dtype: str
+    experts: str
+    block_size: int
     batch: int
     mix: str
     active_share: float
-    largest_share: float
     kernel: str
     milliseconds: dict[str, float]
     wall_milliseconds: dict[str, float]
@@ -106,94 +122,108 @@ class Row:
     relative_error: float
 
 
-def _random(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """A weight of the size found in real models."""
-    return torch.randn(rows, columns, dtype=dtype) * 0.02
+def random_weights(wide: int, neurons: int, layers: int, dtype: torch.dtype) -> list[FFNWeights]:
+    """Networks with weights of the size found in real models."""
+
+    def draw(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, dtype=dtype) * 0.02
+
+    return [FFNWeights(draw(neurons, wide), draw(neurons, wide), draw(wide, neurons), silu) for _ in range(layers)]
 
 
-def cases(blocks: int, seed: int) -> Iterator[tuple[str, torch.Tensor, int]]:
-    """What is mixed, widths ``(draws, M)`` and repetitions; the same for every dtype.
+def nested_cases(blocks: int, seed: int) -> Iterator[Case]:
+    """The same for every dtype: one token of each share, then batches of uniformly random widths 0..N.
 
-    One token of each share, then batches of uniformly random widths 0..N, and the worst of these for a nested FFN: few
-    tokens of which one uses everything, so that every weight is read.
+    And the worst of these for nested blocks: few tokens of which one uses everything, so that every weight is read.
     """
     generator = torch.Generator().manual_seed(seed)
     for share in ONE_WIDTH_SHARES:
-        yield "one width", torch.tensor([[round(share * blocks)]]), ONE_WIDTH_REPETITIONS
+        yield Case("one width", [Prefix(torch.tensor([round(share * blocks)]))], ONE_WIDTH_REPETITIONS)
     for batch, (draws, repetitions) in MIXED.items():
         widths = torch.randint(0, blocks + 1, (draws, batch), generator=generator)
-        yield "mixed", widths, repetitions
+        candidates = ("dense", "dynamic", "with_router", "per_width")
+        yield Case("mixed", [Prefix(one) for one in widths], repetitions, candidates)
         if batch == min(MIXED):
             worst = widths.clone()
             worst[:, 0] = blocks
-            yield "one full", worst, repetitions
+            yield Case("one full", [Prefix(one) for one in worst], repetitions, candidates)
 
 
-def measure(bench: Bench, mix: str, draws: torch.Tensor, candidates: list[str], repetitions: int) -> Row:
-    """Times ``candidates`` on every batch of widths in ``draws``, ``(draws, M)`` int64."""
-    weights = bench.weights[0]
-    batch = draws.shape[1]
-    cpu, wall = torch.zeros(len(candidates)), torch.zeros(len(candidates))
-    for widths in draws:
-        x = torch.randn(batch, weights.up.shape[1], dtype=weights.up.dtype)
-        cpu_seconds, wall_seconds = medians(bench, x, widths, candidates, repetitions)
-        cpu += cpu_seconds * 1e3 / len(draws)
-        wall += wall_seconds * 1e3 / len(draws)
+def routed_cases(blocks: int, seed: int) -> Iterator[Case]:
+    """Tokens that use so many random blocks each."""
+    generator = torch.Generator().manual_seed(seed)
+    for batch, repetitions in ROUTED_BATCHES.items():
+        for share in ROUTED_SHARES:
+            order = torch.rand(batch, blocks, generator=generator).argsort(dim=1)[:, : round(share * blocks)]
+            on = torch.zeros(batch, blocks, dtype=torch.bool).scatter(1, order, True)
+            yield Case("random", [Subset(on)], repetitions)
+
+
+def measure(bench: Bench, case: Case) -> Row:
+    """Times the case's candidates on each of its draws."""
+    ffn = bench.ffns[0]
+    wide, dtype = ffn.weights.up.shape[1], ffn.weights.up.dtype
+    cpu, wall = torch.zeros(len(case.candidates)), torch.zeros(len(case.candidates))
+    shares = []
+    for choice in case.draws:
+        shares.append(choice.active_share(ffn.partition))
+        x = torch.randn(len(shares[-1]), wide, dtype=dtype)
+        cpu_seconds, wall_seconds = medians(bench, x, choice, case)
+        cpu += cpu_seconds * 1e3 / len(case.draws)
+        wall += wall_seconds * 1e3 / len(case.draws)
     return Row(
-        dtype=str(weights.up.dtype).removeprefix("torch."),
-        batch=batch,
-        mix=mix,
-        active_share=round(draws.double().mean().item() / bench.blocks, 4),
-        largest_share=round(draws.amax(dim=1).double().mean().item() / bench.blocks, 4),
-        kernel=decide(x, widths, weights, bench.edges).kernel,
-        milliseconds=_named(candidates, cpu),
-        wall_milliseconds=_named(candidates, wall),
-        speedup=_named(candidates, cpu[candidates.index("dense")] / cpu),
-        relative_error=relative_error(bench, x, widths),
+        dtype=str(dtype).removeprefix("torch."),
+        experts="routed" if isinstance(choice, Subset) else "nested",
+        block_size=ffn.partition.block_size,
+        batch=len(x),
+        mix=case.mix,
+        active_share=round(torch.stack(shares).mean().item(), 4),
+        kernel=decide(ffn, x, choice).backend.variant(ffn, x, choice),
+        milliseconds=_named(case, cpu),
+        wall_milliseconds=_named(case, wall),
+        speedup=_named(case, cpu[case.candidates.index("dense")] / cpu),
+        relative_error=relative_error(bench, x, choice),
     )
 
 
-def medians(
-    bench: Bench, x: torch.Tensor, widths: torch.Tensor, candidates: list[str], repetitions: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def medians(bench: Bench, x: Tensor, choice: Choice, case: Case) -> tuple[Tensor, Tensor]:
     """Median seconds of each candidate, by the thread's CPU clock and by the wall clock, ``(candidates,)`` each."""
-    cpu = torch.zeros(repetitions, len(candidates))
-    wall = torch.zeros(repetitions, len(candidates))
-    for repetition in range(-WARM_UP, repetitions):
-        for turn in range(len(candidates)):
-            which = (turn + repetition) % len(candidates)
-            candidate: Callable[..., torch.Tensor] = getattr(bench, candidates[which])
+    cpu = torch.zeros(case.repetitions, len(case.candidates))
+    wall = torch.zeros_like(cpu)
+    for repetition in range(-WARM_UP, case.repetitions):
+        for turn in range(len(case.candidates)):
+            which = (turn + repetition) % len(case.candidates)
+            candidate: Callable[..., Tensor] = getattr(bench, case.candidates[which])
             begin, begin_wall = time.thread_time(), time.perf_counter()
-            candidate((repetition + turn) % len(bench.weights), x, widths)
+            candidate((repetition + turn) % len(bench.ffns), x, choice)
             if repetition >= 0:
                 cpu[repetition, which] = time.thread_time() - begin
                 wall[repetition, which] = time.perf_counter() - begin_wall
     return cpu.median(dim=0).values, wall.median(dim=0).values
 
 
-def _named(candidates: list[str], values: torch.Tensor) -> dict[str, float]:
-    return {name: round(value, 4) for name, value in zip(candidates, values.tolist(), strict=True)}
+def _named(case: Case, values: Tensor) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in zip(case.candidates, values.tolist(), strict=True)}
 
 
-def relative_error(bench: Bench, x: torch.Tensor, widths: torch.Tensor) -> float:
-    """Largest relative error of a row of the nested FFN, against the reference in fp32.
+def relative_error(bench: Bench, x: Tensor, choice: Choice) -> float:
+    """Largest relative error of a row, against the reference in fp32.
 
     Raises:
         SystemExit: It is over the tolerance: a fast wrong answer is not worth timing.
     """
-    weights = bench.weights[0]
-    exact = weights._replace(gate=weights.gate.float(), up=weights.up.float(), down=weights.down.float())  # type: ignore[union-attr]
-    expected = block_ffn(x.float(), width_masks(widths), exact, bench.edges)
-    found = bench.nested(0, x, widths).float()
-    norms = expected.norm(dim=1).clamp_min(1e-30)
-    error = ((found - expected).norm(dim=1) / norms)[widths > 0].max().item() if bool((widths > 0).any()) else 0.0
+    ffn = bench.ffns[0]
+    exact = FFNWeights(*(part.float() if isinstance(part, Tensor) else part for part in ffn.weights))  # type: ignore[arg-type]
+    expected = reference_ffn(BlockedFFN(exact, ffn.partition), x.float(), choice)
+    found = bench.dynamic(0, x, choice).float()
+    error = ((found - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-30)).max().item()
     if not error <= TOLERANCE[x.dtype]:
         raise SystemExit(f"wrong result: relative error {error:.1e} at {x.dtype}, batch {len(x)}")
     return float(f"{error:.2e}")
 
 
 def targets(rows: list[Row], candidate: str) -> list[dict[str, Any]]:
-    """What the project promises of these rows, and whether ``candidate`` keeps it."""
+    """What the project promises of nested blocks, and whether ``candidate`` keeps it."""
     checks = []
     for row in rows:
         if row.mix == "one width" and row.batch == 1 and row.active_share < 1:
@@ -232,32 +262,39 @@ def environment() -> dict[str, Any]:
 def show(row: Row) -> None:
     """Prints one line of the table."""
     times = "  ".join(f"{name} {value:.2f} ms ({row.speedup[name]:.2f}x)" for name, value in row.milliseconds.items())
-    print(f"{row.dtype:9} batch {row.batch:3} {row.mix:9} share {row.active_share:.2f}  {row.kernel:9} {times}")
+    blocks = f"{row.experts} {row.block_size:4}"
+    print(
+        f"{row.dtype:8} {blocks} batch {row.batch:3} {row.mix:9} share {row.active_share:.2f}  {row.kernel:9} {times}"
+    )
 
 
 def main(
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     width: Annotated[int, typer.Option(help="Residual width, D.")] = 2048,
     neurons: Annotated[int, typer.Option(help="FFN width, F.")] = 8192,
-    blocks: Annotated[int, typer.Option(help="Blocks, N.")] = 8,
+    nested: Annotated[int, typer.Option(help="Neurons a nested block; 0 for no such rows.")] = 1024,
+    routed: Annotated[
+        str, typer.Option(help="Neurons a routed block, with commas; empty for no such rows.")
+    ] = "16,128",
     layers: Annotated[int, typer.Option(min=4, help="Layers of weights to rotate over.")] = 4,
-    router: Annotated[bool, typer.Option(help="Also time the nested FFN with a router in front.")] = True,
     effort: Annotated[float, typer.Option(help="Multiplies the number of repetitions.")] = 1.0,
     seed: int = 0,
 ) -> None:
-    """Times the nested FFN against the dense one on one CPU thread."""
+    """Times the dynamic FFN against the dense one on one CPU thread."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     rows: list[Row] = []
-    candidates = ["dense", "nested", *(["routed"] if router else [])]
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
-            bench = Bench.random((width, neurons), blocks, layers, dtype)
-            for mix, draws, repetitions in cases(blocks, seed):
-                names = candidates if draws.shape[1] == 1 else [*candidates, "per_class"]
-                rows.append(measure(bench, mix, draws, names, max(3, round(effort * repetitions))))
-                show(rows[-1])
-    checks = targets(rows, "nested")
+            weights = random_weights(width, neurons, layers, dtype)
+            sizes = [("width", nested)] if nested else []
+            for kind, size in [*sizes, *(("linear", int(one)) for one in routed.split(",") if one)]:
+                bench = Bench.of(weights, size, kind)
+                for case in (nested_cases if kind == "width" else routed_cases)(bench.partition.blocks, seed):
+                    case.repetitions = max(3, round(effort * case.repetitions))
+                    rows.append(measure(bench, case))
+                    show(rows[-1])
+    checks = targets(rows, "dynamic")
     for check in checks:
         verdict = "pass" if check["pass"] else "FAIL"
         print(f"{verdict}  {check['case']}: {check['speedup']}x, {check['target']} ({check['goal']})")
@@ -265,10 +302,10 @@ def main(
         report = {
             "command": shlex.join(["python", *sys.argv]),
             "environment": environment(),
-            "shape": {"width": width, "neurons": neurons, "blocks": blocks, "layers": layers},
+            "shape": {"width": width, "neurons": neurons, "layers": layers},
             "rows": [asdict(row) for row in rows],
             "targets": checks,
-            "targets_with_router": targets(rows, "routed") if router else [],
+            "targets_with_router": targets(rows, "with_router"),
         }
         out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

@@ -40,7 +40,7 @@ FLOORS = (
     {"cli"},
 )
 SHIPPED = {"dynamic": {"torch", "transformers", "safetensors"}, "kernels": {"torch"}, "frontier.py": set[str]()}
-OURS_SHIPPED = re.compile(r"dynaconv\.(dynamic\.\w+|kernels\.\w+|frontier)")
+OURS_SHIPPED = re.compile(r"dynaconv\.(dynamic(\.\w+)+|kernels\.\w+|frontier)")
 
 
 def module_name(path: Path) -> str:

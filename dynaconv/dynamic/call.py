@@ -24,8 +24,9 @@ class Call(threading.local):
         recorder: Is told what every site did; ``None`` where nobody looks.
     """
 
-    policy: Policy | None = None
-    recorder: Recorder | None = None
+    def __init__(self) -> None:  # runs once a thread; attributes that came later would make compiled code compile anew
+        self.policy: Policy | None = None
+        self.recorder: Recorder | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), ())

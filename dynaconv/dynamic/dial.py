@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -102,7 +101,7 @@ def _calibrated(table: DialTable | None) -> DialTable:
 def _interpolated(table: DialTable, budget: float) -> tuple[float, ...]:
     if budget < table.budgets[0]:
         raise ValueError(f"budget {budget:g} is below the lowest calibrated one, {table.budgets[0]:g}")
-    right = bisect_right(table.budgets, budget)
+    right = sum(calibrated <= budget for calibrated in table.budgets)  # torch.compile cannot follow bisect
     if right == len(table.budgets):
         return table.thresholds[-1]
     low, high = table.budgets[right - 1], table.budgets[right]

@@ -24,6 +24,7 @@ from dynaconv.dynamic.projections import (
     device_of,
     ffn_weights,
     inline_class,
+    innermost,
     is_plain,
     projection,
     rebind,
@@ -79,14 +80,13 @@ class DynamicFFN(nn.Module):
         object.__setattr__(self, "_owner", owner)  # not a submodule: it owns this module
         self.activation_name = activation_name
         register_activation(activation_name, activation)
-        up = projection(owner, names.up)
-        up = getattr(up, "base_layer", up)
+        up = innermost(projection(owner, names.up))
         with torch.device(device_of(up)):
             self.router = router(up.weight.shape[1 if isinstance(up, nn.Linear) else 0])
         self.train(owner.training)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         register_activation(self.activation_name, self.activation)  # it may be another process
 
     def install(self, model: nn.Module) -> None:
@@ -116,11 +116,11 @@ class DynamicFFN(nn.Module):
         between = Between(owner.get_submodule(name), handover, self.select)
         setattr(owner, name, between)
         object.__setattr__(self, "_between", between)  # not a submodule: the owner's
-        projection(owner, self.names.up).network = self
+        innermost(projection(owner, self.names.up)).network = self
         for mixin, name in ((Opening, self.names.up), (Passing, self.names.down)):
-            module: nn.Module = projection(owner, name)
+            module = innermost(projection(owner, name))  # adapters come and go around it
             module.__class__ = inline_class(mixin, type(module))  # type: ignore[arg-type]
-            module.handover = handover  # type: ignore[assignment]
+            module.handover = handover
             rebind(module)
 
     def forward(self, x: Tensor, *, scores_only: bool = False) -> Tensor:

@@ -27,9 +27,8 @@ class Surrounding(threading.local):
         thresholds: Of the outermost ``generate``; one inside another has its own.
     """
 
-    policy: Policy | None = None
-
     def __init__(self) -> None:
+        self.policy: Policy | None = None
         self.thresholds = Thresholds()
 
     def __reduce__(self) -> tuple[Any, ...]:

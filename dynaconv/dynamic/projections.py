@@ -33,8 +33,15 @@ def projection(owner: nn.Module, name: str) -> Any:
         TypeError: It is no dense layer, such as one with quantised weights.
     """
     module = owner.get_submodule(name)
-    if not isinstance(getattr(module, "base_layer", module), tuple(STOCK.values())):
+    if not isinstance(innermost(module), tuple(STOCK.values())):
         raise TypeError(f"{name} is a {type(module).__name__}; a dynamic FFN needs dense Linear or Conv1D layers")
+    return module
+
+
+def innermost(module: Any) -> Any:
+    """The projection that adapters (peft) are wrapped around; ``module`` itself where there are none."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
     return module
 
 
@@ -99,8 +106,9 @@ class Handover(threading.local):
         x: The FFN's input, where each of the three does its own part.
     """
 
-    finished = False
-    x: Tensor | None = None
+    def __init__(self) -> None:
+        self.finished = False
+        self.x: Tensor | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), ())

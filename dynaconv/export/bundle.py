@@ -15,7 +15,7 @@ from pathlib import Path
 ENTRY = "dynaconv.dynamic.modeling"
 ENTRY_FILE = "modeling_dynaconv"
 ENTRY_CLASS = "DynaconvForCausalLM"
-_OURS = re.compile(r"^(\s*)from (dynaconv\.(?:frontier|dynamic(?:\.routers)?\.\w+|kernels\.\w+)) import ", re.MULTILINE)
+_OURS = re.compile(r"^(\s*)from (dynaconv\.(?:frontier|dynamic(?:\.\w+)+|kernels\.\w+)) import ", re.MULTILINE)
 
 
 def flat_name(module: str) -> str:

@@ -1,13 +1,13 @@
 """Backend for routed blocks on a CPU: each token has blocks of its own choice. Ships with every exported model.
 
-For inference. Weights are used where they lie: both kernels read no block that no token uses, but for columns of down
-in small gaps, and differ in what they compute of the others:
+For inference. Weights are used where they lie: the first two read no block that no token uses, but for columns of down
+in small gaps, and differ in what they compute of the others.
 
 * ``union_ffn``: every token gets every block that some token uses, then what a token did not choose is put to zero. For
   one token that is exactly its own blocks; for a few, wasted arithmetic is cheaper than further steps.
 * ``grouped_ffn``: block by block, on the tokens that use it, gathered; results are added up where they belong.
-* Where blocks are so small and scattered that their matrix products would cost more than what is left out, every neuron
-  is computed and masked.
+* ``masked_ffn``: every neuron is computed, then what a token did not choose is put to zero. For blocks so small and
+  scattered that their matrix products would cost more than what is left out.
 
 Shapes: M tokens, D residual width, F neurons, N blocks.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,14 +28,19 @@ from dynaconv.kernels.blocks import BlockedFFN
 from dynaconv.kernels.choice import Choice, Subset
 from dynaconv.kernels.cpu_nested import STEP_COST, few_counts, step_cost
 from dynaconv.kernels.partition import Partition
-from dynaconv.kernels.reference import blocked_ffn
 
 GAP = 384
 """Columns of down that are read in the time that beginning another piece takes: its rows lie on pages of their own.
 Found at D 2048, F 8192, one token, fp32: with pieces of 128 to 512 columns, beginning one costs 320 to 500."""
 
-RUN_BYTES = 256 << 10
-"""Bytes of one matrix that are read in the time that the calls for one more run of blocks take, for one token."""
+RUN_BYTES = {torch.bfloat16: 288 << 10, torch.float16: 288 << 10}
+RUN_BYTES_OTHER = 112 << 10
+"""What one more run of blocks costs a single token, in bytes of one matrix that are read in that time: the calls, and
+short pieces being read more slowly. Found by timing ``union_ffn`` beside the reference (one thread of an AMD EPYC with
+AVX-512, random blocks of 16 and 128 neurons, shares .25, .5 and .75, D x F of 256 x 1024, 1024 x 4096 and 2048 x 8192).
+Blocks of 16 cost 55 to 170 KiB in fp32 and 80 to 290 KiB in bf16, more where D is larger; a run of larger blocks costs
+more, but there are too few for that to decide. Of 36 cases these values chose the slower kernel in one, by 4 %; 256 KiB
+for both, in three, by up to 23 %."""
 
 
 def can_run(ffn: BlockedFFN, x: Tensor, choice: Choice) -> tuple[bool, str]:
@@ -51,14 +57,14 @@ def can_run(ffn: BlockedFFN, x: Tensor, choice: Choice) -> tuple[bool, str]:
 def run(ffn: BlockedFFN, x: Tensor, choice: Choice) -> Tensor:
     """The FFN ``(M, D)`` of tokens ``x`` (M, D) that use a :class:`Subset` (M, N) each."""
     assert isinstance(choice, Subset)
-    kernel = kernel_for(ffn, x, choice.on)
-    if kernel == "masked":
-        return blocked_ffn(ffn, x, choice)
-    return (union_ffn if kernel == "union" else grouped_ffn)(ffn, x, choice.on)
+    kernel, used = kernel_for(ffn, x, choice.on)
+    if kernel == "union":
+        return union_ffn(ffn, x, choice.on, used)
+    return (grouped_ffn if kernel == "grouped" else masked_ffn)(ffn, x, choice.on)
 
 
-def kernel_for(ffn: BlockedFFN, x: Tensor, on: Tensor) -> str:
-    """Which kernel costs least: ``union``, ``grouped`` or ``masked``.
+def kernel_for(ffn: BlockedFFN, x: Tensor, on: Tensor) -> tuple[str, list[tuple[int, int]]]:
+    """Which kernel costs least, ``union``, ``grouped`` or ``masked``; and the runs of blocks that any token uses.
 
     One token waits for weights to be read, so neurons are counted, and each run of blocks as :data:`RUN_BYTES` more.
     Several tokens pay for arithmetic, and :func:`step_cost` for each matrix product.
@@ -66,45 +72,54 @@ def kernel_for(ffn: BlockedFFN, x: Tensor, on: Tensor) -> str:
     tokens, width = x.shape
     partition, neurons = ffn.partition, ffn.partition.neurons
     if tokens == 1:
-        used_runs = runs(on.tolist()[0])
-        read = sum(partition.edges[end] - partition.edges[first] for first, end in used_runs)
-        further = max(0, len(used_runs) - 1)
-        return "union" if read + further * RUN_BYTES / (width * x.itemsize) <= neurons else "masked"
+        edges, joined = partition.edges, runs(on.tolist()[0])
+        read = sum(edges[end] - edges[first] for first, end in joined)
+        further = max(0, len(joined) - 1)
+        cost = RUN_BYTES.get(x.dtype, RUN_BYTES_OTHER) / (width * x.itemsize)
+        return ("union" if read + further * cost <= neurons else "masked"), joined
     counts = on.sum(0)
     used = counts > 0
     sizes = torch.tensor(partition.sizes) if partition.uniform_size is None else partition.uniform_size
-    read, joined = int((used * sizes).sum()), len(runs(used.tolist()))
+    read, joined = int((used * sizes).sum()), runs(used.tolist())
     cost = step_cost(x.dtype) / width
     wasted = int(((tokens - counts) * used * sizes).sum())
     if wasted > int(used.sum()) * cost:
-        return "grouped"
-    return "union" if read * tokens + joined * cost < neurons * tokens + cost else "masked"
+        return "grouped", joined
+    return ("union" if read * tokens + len(joined) * cost < neurons * tokens + cost else "masked"), joined
 
 
 @torch.no_grad()
-def union_ffn(ffn: BlockedFFN, x: Tensor, on: Tensor) -> Tensor:
+def union_ffn(ffn: BlockedFFN, x: Tensor, on: Tensor, used: Sequence[tuple[int, int]] | None = None) -> Tensor:
     """The FFN of each token restricted to its own blocks, computed on all that any of them uses.
 
     Args:
         ffn: The network.
         x: ``(M, D)``.
         on: ``(M, N)`` bool.
+        used: The runs of blocks that any token uses, where they are known.
 
     Returns:
         ``(M, D)``.
     """
     edges = ffn.partition.edges
-    off = None if len(x) == 1 else ~on
+    if used is None:
+        used = runs(on.any(0).tolist())
+    off = None if x.shape[0] == 1 else Off.of(ffn.partition, on)
     total: Tensor | None = None
-    for piece in pieces([(edges[first], edges[end]) for first, end in runs(on.any(0).tolist())]):
+    for piece in pieces([(edges[first], edges[end]) for first, end in used]):
         start, stop = piece[0][0], piece[-1][1]
         hidden = x.new_zeros(len(x), stop - start) if len(piece) > 1 else x.new_empty(len(x), stop - start)
         for a, b in piece:
             ffn.neurons(x, a, b, out=hidden[:, a - start : b - start])
         if off is not None:
-            _clear(hidden, off, ffn.partition, start, stop)
+            off.clear(hidden, start)
         down = ffn.columns(start, stop)
-        total = linear(hidden, down, ffn.weights.down_bias) if total is None else total.addmm_(hidden, down.t())
+        if total is None:
+            total = linear(hidden, down, ffn.weights.down_bias)
+        elif total.dtype == x.dtype:
+            total.addmm_(hidden, down.t())
+        else:  # under autocast, which leaves products in place alone
+            total.addmm_(hidden.to(total.dtype), down.t().to(total.dtype))
     return ffn.no_blocks(x) if total is None else total
 
 
@@ -130,6 +145,17 @@ def grouped_ffn(ffn: BlockedFFN, x: Tensor, on: Tensor) -> Tensor:
     return total.to(x.dtype)
 
 
+@torch.no_grad()
+def masked_ffn(ffn: BlockedFFN, x: Tensor, on: Tensor) -> Tensor:
+    """The FFN of each token restricted to its own blocks, every neuron computed.
+
+    Arguments and result as :func:`union_ffn`.
+    """
+    hidden = ffn.neurons(x, 0, ffn.partition.neurons)
+    Off.of(ffn.partition, on).clear(hidden, 0)
+    return linear(hidden, ffn.weights.down, ffn.weights.down_bias)
+
+
 def runs(used: Sequence[bool]) -> list[tuple[int, int]]:
     """First block and the one behind the last of every run of blocks in ``used`` (N,), in order."""
     return [run.span() for run in re.finditer(b"\x01+", bytes(used))]
@@ -146,21 +172,35 @@ def pieces(used: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
     return joined
 
 
-def _clear(hidden: Tensor, off: Tensor, partition: Partition, start: int, stop: int) -> None:
-    """Puts to zero what tokens computed of blocks that are ``off`` (M, N) for them, in neurons [start, stop)."""
-    edges = partition.edges
-    first, end = edges.index(start), edges.index(stop)
-    size = edges[first + 1] - start
-    if size * (end - first) == stop - start and partition.uniform_size is not None:
-        hidden.unflatten(1, (end - first, size)).masked_fill_(off[:, first:end, None], 0)
-        return
-    for block in range(first, end):
-        hidden[:, edges[block] - start : edges[block + 1] - start].masked_fill_(off[:, block, None], 0)
+class Off(NamedTuple):
+    """What tokens do not use, in blocks of one size but for the last.
+
+    Attributes:
+        size: Neurons a block.
+        blocks: ``(M, n)`` bool.
+    """
+
+    size: int
+    blocks: Tensor
+
+    @classmethod
+    def of(cls, partition: Partition, on: Tensor) -> Off:
+        """The reverse of ``on`` (M, N); neuron by neuron where the blocks are uneven."""
+        return cls(partition.block_size, ~on) if partition.block_size else cls(1, partition.spread(~on))
+
+    def clear(self, hidden: Tensor, start: int) -> None:
+        """Puts to zero what is off in ``hidden`` (M, n), the neurons from ``start`` on, where a block begins."""
+        size, first = self.size, start // self.size
+        whole, rest = divmod(hidden.shape[1], size)
+        off = self.blocks[:, first : first + whole, None]
+        hidden[:, : whole * size].unflatten(1, (whole, size)).masked_fill_(off, 0)
+        if rest:
+            hidden[:, whole * size :].masked_fill_(self.blocks[:, -1:], 0)
 
 
 def _variant(ffn: BlockedFFN, x: Tensor, choice: Choice) -> str:
     assert isinstance(choice, Subset)
-    return kernel_for(ffn, x, choice.on)
+    return kernel_for(ffn, x, choice.on)[0]
 
 
 CPU_ROUTED = Backend("cpu-routed", can_run, run, _variant)

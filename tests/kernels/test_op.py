@@ -113,3 +113,20 @@ def test_a_copy_of_the_code_has_an_operator_of_its_own() -> None:
     ffn, x = BlockedFFN(random_network(5, 9), CUTS["uneven"]), torch.randn(2, 5, dtype=torch.float64)
     choice = Prefix(torch.tensor([3, 1]))
     torch.testing.assert_close(copy.compiled_ffn(ffn, x, choice, "silu"), blocked_ffn(ffn, x, choice), **EXACT)
+
+
+@pytest.mark.parametrize("kind", [Prefix, Subset, Soft])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_autocast_leaves_the_type_that_compiled_code_expects(kind: type[Choice], gradients: bool) -> None:
+    ffn = BlockedFFN(random_network(64, 90, dtype=torch.float32), Partition.equal(90, 8))
+    x, choice = torch.randn(6, 64, requires_grad=gradients), random_choice(kind, 6, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = compiled_ffn(ffn, x, choice, "silu")
+    expected = blocked_ffn(ffn, x, choice)
+    assert found.dtype == x.dtype
+    assert float((found - expected).norm() / expected.norm()) < 2e-2
+    if gradients:
+        found.sum().backward()
+        gradient = torch.autograd.grad(expected.sum(), x)[0]
+        assert x.grad is not None
+        assert float((x.grad - gradient).norm() / gradient.norm()) < 2e-2

@@ -110,7 +110,7 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def top(self, x: Tensor, width: int) -> Choice:
-        """``width`` blocks for every token of ``x`` (..., D): the first; of routed blocks, the highest-scored (top-k)."""
+        """``width`` blocks for every token of ``x`` (..., D): the first, or of routed blocks the top-k."""
         return Prefix(torch.full(x.shape[:-1], width, dtype=torch.int64, device=x.device))
 
     @property
