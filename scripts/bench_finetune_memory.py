@@ -135,7 +135,7 @@ def make(folder: Path, size: Size) -> None:
     train_tokenizer(DataConfig(train=[str(folder / "text.jsonl")]), small).save_pretrained(folder)
     checkpoint = Checkpoint.open(folder)
     ffn = FFNLayout(**asdict(checkpoint.family.ffn))
-    Layout(nested_partition(size.shape.ffn, BLOCKS).edges, checkpoint.layers, ffn).save(folder)
+    Layout(nested_partition(size.shape.ffn, BLOCKS), checkpoint.layers, ffn).save(folder)
 
 
 def train(case: Case, model: Path, made: Path) -> None:

@@ -22,8 +22,8 @@ from dynaconv.dynamic.thresholds import solve_threshold
 from dynaconv.ranks import Ranks
 
 KEPT_SCORES = 2**24
-"""Scores kept at once to solve on. Where tokens times blocks times layers are more, one in so many tokens is kept: millions
-of scores determine a share well enough, and what a threshold spends is then measured on all tokens."""
+"""Scores kept at once to solve on. Where tokens times blocks times layers are more, one token in so many is kept:
+millions of scores are enough to solve on, and what a threshold spends is then measured on all tokens."""
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from conftest import make_checkpoint
-from dynaconv.dynamic.context import using
-from dynaconv.train.loop import Trainer
-from dynaconv.train.routing import Gated
 from dynamic_models import dynamic_model, token_ids
 from torch import Tensor
 

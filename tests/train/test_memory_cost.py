@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from dynaconv.dynamic.context import using
-from dynaconv.train.cost import finetune_estimate, graph_of
-from dynaconv.train.routing import Gated
 from dynamic_models import SELF_TAUGHT, dynamic_model, token_ids
 from torch import Tensor
 

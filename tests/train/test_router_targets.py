@@ -12,9 +12,9 @@ from dynamic_models import dynamic_model, token_ids
 from torch.nn import functional
 
 from dynaconv.config import FinetuneConfig
-from dynaconv.dynamic.curves import agreements, relative_errors, width_by_cosine
 from dynaconv.dynamic.policy import at_one_threshold
 from dynaconv.dynamic.routers.kinds import KINDS
+from dynaconv.profile.curves import agreements, relative_errors, width_by_cosine
 from dynaconv.train.objectives.router_targets import TARGETS, LabelRecorder
 
 Maker = Callable[..., Path]

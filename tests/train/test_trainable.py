@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from dynaconv.dynamic.context import using
-from dynaconv.train.cost import trained
-from dynaconv.train.loop import Trainer
 from dynamic_models import SELF_TAUGHT, dynamic_model, token_ids
 from torch import Tensor
 from transformers import AutoModelForCausalLM
