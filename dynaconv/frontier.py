@@ -252,7 +252,7 @@ def check_budget(budget: float) -> None:
 
 def check_quality(quality: float) -> None:
     """Raises :class:`InvalidRequestError` for a quality that is not above 0."""
-    if not quality > 0:
+    if not 0 < quality < math.inf:
         expected = "a share of the parent's, such as 0.98"
         raise InvalidRequestError(f"quality {quality:g} is not above 0", expected=expected)
 

@@ -179,9 +179,9 @@ class DynamicFFN(nn.Module):
 
     def in_one_piece(self) -> bool:
         """Whether nothing wraps the modules of an ungated FFN or listens to them, so that one may compute it all."""
-        inline = all(isinstance(module, Inline) for module in self.projections())
-        heard = any(map(_overheard, (*self.projections(), self._between)))
-        return inline and (self.hooks_only_move_weights or not heard)
+        if not all(isinstance(module, Inline) for module in self.projections()):
+            return False
+        return self.hooks_only_move_weights or not any(map(_overheard, (*self.projections(), self._between)))
 
     def _decide(self, x: Tensor) -> Decision:
         policy = self.call.policy

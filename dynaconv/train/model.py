@@ -20,7 +20,7 @@ from dynaconv.dynamic.layout import ROUTER_FILE, Layout
 from dynaconv.dynamic.modeling import attach
 from dynaconv.train.engine import Engine
 from dynaconv.train.router_kinds import router_layout, starts_from
-from dynaconv.train.trainable import add_adapters, choose, merged
+from dynaconv.train.trainable import BASE, add_adapters, choose, merged
 
 
 def trainable_model(folder: Path, tuning: FinetuneConfig) -> Any:
@@ -82,8 +82,8 @@ def write_checkpoint(engine: Engine, carved: Path, folder: Path, shard_bytes: in
 
 
 def router_names(network: Any) -> dict[str, str]:
-    """What ``router_state`` calls the router parameters, by the network's own names."""
-    places = {id(module): name for name, module in network.named_modules()}
+    """What ``router_state`` calls the router parameters, by the network's own names without adapters."""
+    places = {id(module): name.replace(BASE, ".") for name, module in network.named_modules()}
     return {
         f"{places[id(ffn)]}.router.{name}": f"layers.{ffn.site.index}.router.{name}"
         for ffn in network.ffns()
