@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,13 @@ def test_imports_run_downwards(path: Path) -> None:
         same_package = here.split(".")[1] == name.split(".")[1]
         allowed = floor(name) < floor(here) or floor(name) == 0 == floor(here) or same_package
         assert allowed, f"{here}:{node.lineno} imports {name}, which stands above or beside it"
+
+
+def test_no_file_imports_itself_in_a_circle() -> None:
+    """Counts what is imported late, and for type checkers only."""
+    names = {module_name(path) for path in FILES} - {"dynaconv"}
+    graph = {module_name(path): {name for name, _ in imported(parse(path)) if name in names} for path in FILES}
+    TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_every_part_has_a_floor() -> None:
