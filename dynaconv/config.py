@@ -351,7 +351,7 @@ class RunConfig:
             or ``routed``, any blocks, each a cluster of neurons that are active together.
         blocks: Nested experts: how many blocks each FFN is cut into, from 1 to its neurons. ``None`` takes 8.
         block_size: Routed experts: neurons a block, from 1 to those of the FFN; the last block holds what is left.
-            ``None`` takes 16, or all neurons where an FFN has fewer.
+            ``None`` takes 16, or fewer where an FFN has no 64 blocks of 16.
         seed: Seeds sampling, shuffling and initialisation.
         trust_remote_code: Let transformers run code from the source folder.
     """

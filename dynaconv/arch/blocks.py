@@ -7,7 +7,8 @@ from dynaconv.errors import ConfigError
 from dynaconv.kernels.partition import Partition
 
 BLOCKS = 8  # of nested experts, where the recipe does not say how many
-BLOCK_SIZE = 16  # neurons a block of routed experts, where the recipe does not say how many
+BLOCK_SIZE = 16  # neurons a block of routed experts, where the recipe does not say how many, ...
+FEWEST_BLOCKS = 64  # ... and fewer in a narrow FFN, so that tokens have as many blocks to choose from
 GRANULES = (128, 16)  # kernels read tiles of this many neurons; the smaller one is for tiny models
 
 
@@ -49,13 +50,13 @@ def routed_partition(neurons: int, block_size: int | None = None) -> Partition:
 
     Args:
         neurons: F.
-        block_size: Neurons a block, from 1 to F; ``None`` takes 16, or F where there are fewer neurons.
+        block_size: Neurons a block, from 1 to F; ``None`` takes 16, or fewer where F has no 64 blocks of 16.
 
     Raises:
         ConfigError: ``block_size`` is not from 1 to F.
     """
     if block_size is None:
-        block_size = min(BLOCK_SIZE, neurons)
+        block_size = min(BLOCK_SIZE, max(1, neurons // FEWEST_BLOCKS))
     _require_from_one("block_size", block_size, neurons)
     return Partition.equal(neurons, block_size)
 

@@ -170,7 +170,7 @@ def test_every_width_of_every_family_is_profiled_and_carved_at_any_grain(
     """The default recipe's blocks, and the smallest and largest: a permutation of the parent, and a router each."""
     from transformers import AutoModelForCausalLM
 
-    size = block_size or min(16, width)
+    size = block_size or max(1, width // 64)
     config = RunConfig(
         block_size=block_size,
         data=DataConfig(train=[str(text_file)], sequence_length=32),
@@ -199,4 +199,9 @@ def test_every_width_of_every_family_is_profiled_and_carved_at_any_grain(
     tokens = torch.randint(0, 257, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected, found = (AutoModelForCausalLM.from_pretrained(each)(tokens).logits for each in (dense, folder))
+        dynamic = dynaconv.load(folder).eval()
+        full = dynamic(tokens).logits
+        low, again = (dynamic(tokens, dial=dynaconv.Dial.uniform(blocks // 2)).logits for _ in range(2))
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert torch.equal(full, found)
+    assert low.isfinite().all() and torch.equal(low, again) and not torch.equal(low, full)
