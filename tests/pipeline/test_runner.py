@@ -294,9 +294,9 @@ def test_one_stage_again_takes_what_came_of_it_along(config: RunConfig, run: Run
 def test_status_of_a_run_whose_recipe_is_of_another_version(config: RunConfig, run: Run) -> None:
     go(config, run)
     before = status(Run.open(run.path))["stages"]
-    run.recipe.write_text(run.recipe.read_text().replace("router: auto", "router: gate"), encoding="utf-8")
+    run.recipe.write_text(run.recipe.read_text().replace("experts: nested", "experts: routed"), encoding="utf-8")
     found = status(Run.open(run.path))
-    assert "'gate' is called 'width' now" in found["problem"]
+    assert "say block_size" in found["problem"]
     assert found["stages"] == [{**row, "status": "stale"} for row in before]
 
 
