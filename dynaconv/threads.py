@@ -48,7 +48,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ThreadCount:
     """A number of threads.
 
     Attributes:
@@ -104,7 +104,7 @@ def choose(
     ranks: int = 1,
     before: int | None = None,
     seconds: Callable[[int], float] | None = None,
-) -> Choice:
+) -> ThreadCount:
     """The number of threads for the work that comes now.
 
     Args:
@@ -115,14 +115,14 @@ def choose(
         seconds: Seconds that a fixed piece of work takes with so many threads; the real thing unless a test knows.
     """
     if given() is not None:
-        return Choice(None)
+        return ThreadCount(None)
     cores = max(1, usable_cores() // ranks)
     if before is not None and before <= cores:
-        return Choice(before, f"{_words(before)}: as this was begun")
+        return ThreadCount(before, f"{_words(before)}: as this was begun")
     busy = others_load()
     counts = candidates(max(1, min(cores, round((os.cpu_count() or 1) - busy))))
     if len(counts) == 1:
-        return Choice(1, f"{_words(1)}: other programs want {busy:.1f} cores" if cores > 1 else "")
+        return ThreadCount(1, f"{_words(1)}: other programs want {busy:.1f} cores" if cores > 1 else "")
     return fastest(measure(counts, seconds or _timer(work())))
 
 
@@ -143,7 +143,7 @@ def measure(counts: Sequence[int], seconds: Callable[[int], float]) -> dict[int,
     return means
 
 
-def fastest(means: dict[int, float]) -> Choice:
+def fastest(means: dict[int, float]) -> ThreadCount:
     """The fewest threads that are as good as the fastest, and a line that says so.
 
     Args:
@@ -153,7 +153,7 @@ def fastest(means: dict[int, float]) -> Choice:
     other = 1 if count > 1 else min(set(means) - {1}, key=lambda each: means[each])
     ratio = means[other] / means[count]
     compared = f"{ratio:.1f} times as fast as {other}" if ratio > GAIN else f"{other} are no faster"
-    return Choice(count, f"{_words(count)}: {compared} just now")
+    return ThreadCount(count, f"{_words(count)}: {compared} just now")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from dynaconv.pipeline import registry, runner
 from dynaconv.pipeline.runner import run_pipeline
 from dynaconv.pipeline.stage import StageContext
 from dynaconv.progress import Progress
-from dynaconv.threads import Choice, candidates, choose, fastest, measure
+from dynaconv.threads import ThreadCount, candidates, choose, fastest, measure
 
 Seconds = Callable[[int], float]
 
@@ -69,7 +69,7 @@ def test_candidates(cores: int, expected: list[int]) -> None:
     ids=["free", "busy", "small", "hopeless", "some", "as good"],
 )
 def test_the_fewest_that_are_as_good_as_the_fastest(seconds: Seconds, count: int, reason: str) -> None:
-    assert choose(seconds=seconds) == Choice(count, reason)
+    assert choose(seconds=seconds) == ThreadCount(count, reason)
 
 
 def test_a_few_long_waits_count_and_what_is_hopeless_is_not_timed_again() -> None:
@@ -89,7 +89,7 @@ def test_a_few_long_waits_count_and_what_is_hopeless_is_not_timed_again() -> Non
 def test_what_the_user_settled_is_not_measured_and_not_mentioned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "3,1")
     assert threads.given() == 3
-    assert choose(seconds=lambda count: pytest.fail("measured"), before=2) == Choice(None)
+    assert choose(seconds=lambda count: pytest.fail("measured"), before=2) == ThreadCount(None)
     before = torch.get_num_threads()
     with threads.using(None):
         assert torch.get_num_threads() == before
@@ -103,7 +103,7 @@ def test_a_setting_that_makes_no_sense_settles_nothing(value: str, monkeypatch: 
 
 def test_ranks_share_the_cores() -> None:
     assert choose(seconds=free, ranks=4).count == 2
-    assert choose(seconds=lambda count: pytest.fail("nothing to choose from"), ranks=16) == Choice(1)
+    assert choose(seconds=lambda count: pytest.fail("nothing to choose from"), ranks=16) == ThreadCount(1)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_no_more_threads_than_cores_are_free(load: float, timed: set[int], monke
 def test_on_busy_cores_one_thread_is_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "others_load", lambda: 9.25)
     chosen = choose(seconds=lambda count: pytest.fail("a quiet moment would mislead"))
-    assert chosen == Choice(1, "1 CPU thread: other programs want 9.2 cores")
+    assert chosen == ThreadCount(1, "1 CPU thread: other programs want 9.2 cores")
 
 
 def test_the_load_of_others_is_without_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_the_load_of_others_is_without_this_process(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_was_begun_goes_on_with_its_number_while_there_are_the_cores() -> None:
-    assert choose(seconds=free, before=4) == Choice(4, "4 CPU threads: as this was begun")
+    assert choose(seconds=free, before=4) == ThreadCount(4, "4 CPU threads: as this was begun")
     assert choose(seconds=free, before=16).count == 8
 
 
@@ -168,7 +168,7 @@ def test_usable_cores_are_those_the_process_is_bound_to(monkeypatch: pytest.Monk
 
 def test_the_real_measurement_leaves_the_threads_of_torch_and_its_random_state_alone() -> None:
     before, state = torch.get_num_threads(), torch.get_rng_state()
-    assert choose(lambda: threads.Work(tokens=4, hidden=8, ffn=16), ranks=8) == Choice(1)
+    assert choose(lambda: threads.Work(tokens=4, hidden=8, ffn=16), ranks=8) == ThreadCount(1)
     seconds = threads._timer(threads.Work(tokens=10**6, hidden=10**5, ffn=10**6))  # cut to what fits in no time
     assert seconds(1) > 0
     assert torch.get_num_threads() == before
@@ -212,7 +212,7 @@ class Chooser:
 
         monkeypatch.setattr(FakeStage, "run", noted)
 
-    def choose(self, work: Callable[[], threads.Work], *, ranks: int, before: int | None) -> Choice:
+    def choose(self, work: Callable[[], threads.Work], *, ranks: int, before: int | None) -> ThreadCount:
         assert work() == threads.Work()  # of a source that is no checkpoint
         return choose(ranks=ranks, before=before, seconds=lambda count: 1.0 if count == self.would else 10.0)
 

@@ -26,3 +26,12 @@ class Backend(NamedTuple):
     can_run: Callable[[BlockedFFN, Tensor, Choice], tuple[bool, str]]
     run: Callable[[BlockedFFN, Tensor, Choice], Tensor]
     variant: Callable[[BlockedFFN, Tensor, Choice], str] = lambda ffn, x, choice: ""
+
+
+def cpu_inference(ffn: BlockedFFN, x: Tensor) -> tuple[bool, str] | None:
+    """What a backend for inference on a CPU answers to arguments that are not that; ``None`` where they are."""
+    if not x.is_cpu:
+        return False, "tensors are not on the CPU"
+    if ffn.records_gradient(x):
+        return False, "gradients are recorded, and this backend is for inference"
+    return None

@@ -52,7 +52,6 @@ class BlockedFFN:
             return torch.zeros_like(x)
         return self.weights.down_bias.to(x.dtype).repeat(len(x), 1)
 
-    @property
-    def wants_gradient(self) -> bool:
-        """Whether gradients of the weights are being recorded."""
-        return torch.is_grad_enabled() and self.weights.requires_grad
+    def records_gradient(self, x: Tensor) -> bool:
+        """Whether gradients of ``x`` or of a weight are being recorded."""
+        return torch.is_grad_enabled() and (x.requires_grad or self.weights.requires_grad)

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import linear
 
-from dynaconv.kernels.backend import Backend
+from dynaconv.kernels.backend import Backend, cpu_inference
 from dynaconv.kernels.blocks import BlockedFFN
 from dynaconv.kernels.choice import Choice, Prefix
 from dynaconv.kernels.weights import FFNWeights
@@ -51,11 +51,7 @@ def can_run(ffn: BlockedFFN, x: torch.Tensor, choice: Choice) -> tuple[bool, str
     """Prefixes on a CPU, where no gradient is recorded."""
     if not isinstance(choice, Prefix):
         return False, "tokens do not choose prefixes of blocks"
-    if not x.is_cpu:
-        return False, "tensors are not on the CPU"
-    if torch.is_grad_enabled() and (x.requires_grad or ffn.weights.requires_grad):
-        return False, "gradients are recorded, and this backend is for inference"
-    return True, "tokens use the first blocks, on a CPU"
+    return cpu_inference(ffn, x) or (True, "tokens use the first blocks, on a CPU")
 
 
 def run(ffn: BlockedFFN, x: torch.Tensor, choice: Choice) -> torch.Tensor:

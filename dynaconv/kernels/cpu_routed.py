@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import linear
 
-from dynaconv.kernels.backend import Backend
+from dynaconv.kernels.backend import Backend, cpu_inference
 from dynaconv.kernels.blocks import BlockedFFN
 from dynaconv.kernels.choice import Choice, Subset
 from dynaconv.kernels.cpu_nested import STEP_COST, few_counts, step_cost
@@ -40,18 +40,14 @@ short pieces being read more slowly. Found by timing ``union_ffn`` beside the re
 AVX-512, random blocks of 16 and 128 neurons, shares .25, .5 and .75, D x F of 256 x 1024, 1024 x 4096 and 2048 x 8192).
 Blocks of 16 cost 55 to 170 KiB in fp32 and 80 to 290 KiB in bf16, more where D is larger; a run of larger blocks costs
 more, but there are too few for that to decide. Of 36 cases these values chose the slower kernel in one, by 4 %; 256 KiB
-for both, in three, by up to 23 %."""
+for both, in four, by up to 23 %."""
 
 
 def can_run(ffn: BlockedFFN, x: Tensor, choice: Choice) -> tuple[bool, str]:
     """Subsets of blocks on a CPU, where no gradient is recorded."""
     if not isinstance(choice, Subset):
         return False, "tokens do not choose blocks one by one"
-    if not x.is_cpu:
-        return False, "tensors are not on the CPU"
-    if torch.is_grad_enabled() and (x.requires_grad or ffn.weights.requires_grad):
-        return False, "gradients are recorded, and this backend is for inference"
-    return True, "tokens use blocks of their own, on a CPU"
+    return cpu_inference(ffn, x) or (True, "tokens use blocks of their own, on a CPU")
 
 
 def run(ffn: BlockedFFN, x: Tensor, choice: Choice) -> Tensor:

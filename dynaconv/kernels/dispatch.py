@@ -22,7 +22,7 @@ from dynaconv.kernels.reference import REFERENCE
 BACKENDS: list[Backend] = [CPU_NESTED, CPU_ROUTED, REFERENCE]
 
 
-class Decision(NamedTuple):
+class Dispatch(NamedTuple):
     """The backend that runs.
 
     Attributes:
@@ -36,13 +36,13 @@ class Decision(NamedTuple):
     passed_over: dict[str, str]
 
 
-def decide(ffn: BlockedFFN, x: Tensor, choice: Choice) -> Decision:
+def decide(ffn: BlockedFFN, x: Tensor, choice: Choice) -> Dispatch:
     """The backend that :func:`blocked_ffn` runs for these arguments, and why."""
     passed_over: dict[str, str] = {}
     for backend in BACKENDS:
         able, reason = backend.can_run(ffn, x, choice)
         if able:
-            return Decision(backend, reason, passed_over)
+            return Dispatch(backend, reason, passed_over)
         passed_over[backend.name] = reason
     raise AssertionError("the reference can always run")
 

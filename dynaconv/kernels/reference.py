@@ -61,7 +61,7 @@ def hidden_neurons(x: Tensor, weights: FFNWeights) -> Tensor:
 
 def can_run(ffn: BlockedFFN, x: Tensor, choice: Choice) -> tuple[bool, str]:
     """Always."""
-    if torch.is_grad_enabled() and (x.requires_grad or ffn.wants_gradient):
+    if ffn.records_gradient(x):
         return True, "gradients are recorded, and fast kernels are for inference: every neuron is computed"
     if isinstance(choice, Soft):
         return True, "blocks are weighted: every neuron is computed"
