@@ -34,7 +34,7 @@ from dynaconv.dynamic.routers.base import Router
 from dynaconv.dynamic.site import Site
 from dynaconv.kernels.blocks import BlockedFFN
 from dynaconv.kernels.choice import Choice, Soft
-from dynaconv.kernels.dispatch import Dispatch, blocked_ffn, decide
+from dynaconv.kernels.dispatch import blocked_ffn
 from dynaconv.kernels.op import compiled_ffn, register_activation
 from dynaconv.kernels.reference import select
 
@@ -145,10 +145,6 @@ class DynamicFFN(nn.Module):
     def select(self, x: Tensor, hidden: Tensor) -> Tensor:
         """What the call's policy keeps of the activations (..., F) of FFN inputs ``x`` (..., D)."""
         return self._used(x, hidden, self._decide(x))
-
-    def explain(self, x: Tensor, choice: Choice) -> Dispatch:
-        """Which backend computes ``choice`` over the tokens of ``x`` (..., D), and why; without gradients."""
-        return decide(self.blocked(), x.reshape(-1, x.shape[-1]), choice.rows())
 
     def hidden(self, x: Tensor) -> Tensor:
         """Activations of all neurons, (..., F), for inputs (..., D)."""
