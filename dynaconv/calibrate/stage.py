@@ -55,11 +55,10 @@ class CalibrateStage(Stage):
         model = load(context.inputs["dynamic"]).to(device).eval()
         parent = load_dense(context.inputs["parent"], device)
         text = held_out(context, model.config).own(ranks)
-        routers = sum(value.numel() for value in model.router_state().values())
-        middle = data.sequence_length // 2
+        middle, routers = data.sequence_length // 2, [ffn.router for ffn in model.ffns()]
         costs = (
-            CostModel.of(Checkpoint.open(context.inputs["parent"]), router=0, context=middle),
-            CostModel.of(Checkpoint.open(context.inputs["dynamic"]), router=routers, context=middle),
+            CostModel.of(Checkpoint.open(context.inputs["parent"]), context=middle),
+            CostModel.of(Checkpoint.open(context.inputs["dynamic"]), context=middle, routers=routers),
         )
         budgets = {*settings.budgets, 1.0}
         with context.progress.task("calibrate", total=2 * len(budgets), unit="budgets") as task:

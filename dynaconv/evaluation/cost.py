@@ -5,9 +5,11 @@ Routers cost what they cost where they run: everywhere but at the full dial. L l
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from dynaconv.arch.checkpoint import Checkpoint
+from dynaconv.dynamic.routers.base import Router
 
 
 @dataclass(frozen=True)
@@ -18,62 +20,66 @@ class CostModel:
         attention: Elements of all attention projections.
         ffn: Elements of all FFN projections.
         head: Elements of the output head.
-        router: Elements of all routers.
         rest: Elements of norms and other vectors.
         residual: D, one row of the embedding is read for a token.
         attention_width: Query heads times head_dim, times L.
         cache_width: Key and value heads times head_dim, times L.
         context: Tokens of context a token attends to.
         itemsize: Bytes of one weight.
+        router_flops: FLOPs of all routers, for one token.
+        router_bytes: Bytes that all routers read for one token.
     """
 
     attention: int
     ffn: int
     head: int
-    router: int
     rest: int
     residual: int
     attention_width: int
     cache_width: int
     context: int
     itemsize: int
+    router_flops: int = 0
+    router_bytes: int = 0
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, *, router: int, context: int) -> CostModel:
-        """Counts ``checkpoint``; ``router`` elements of routers come on top.
+    def of(cls, checkpoint: Checkpoint, *, context: int, routers: Iterable[Router] = ()) -> CostModel:
+        """Counts ``checkpoint``, and what each of ``routers`` says of itself.
 
         Args:
             checkpoint: The dense checkpoint.
-            router: Elements of all routers, 0 for the parent.
             context: Mean tokens of context.
+            routers: One a site; none for the parent.
         """
         sizes, layers = checkpoint.sizes, checkpoint.layers
         attention, ffn = layers * checkpoint.attention_parameters, layers * checkpoint.ffn_parameters
         counted = attention + ffn + checkpoint.embedding_parameters
         counted += 0 if checkpoint.tied else checkpoint.head_parameters
+        routers = list(routers)
         return cls(
             attention=attention,
             ffn=ffn,
             head=checkpoint.head_parameters,
-            router=router,
             rest=checkpoint.parameters - counted,
             residual=sizes["residual"],
             attention_width=layers * sizes["q_head"] * sizes["v_dim"],
             cache_width=2 * layers * sizes.get("kv_head", sizes["q_head"]) * sizes["v_dim"],
             context=context,
             itemsize=checkpoint.dtype.itemsize,
+            router_flops=sum(router.flops_per_token for router in routers),
+            router_bytes=sum(router.bytes_per_token for router in routers),
         )
 
     def without_routers(self) -> CostModel:
         """The same checkpoint at the full dial, where no router runs."""
-        return replace(self, router=0)
+        return replace(self, router_flops=0, router_bytes=0)
 
     def flops_per_token(self, share: float) -> float:
         """FLOPs of one token's forward pass: two a weight, and attention over the context."""
-        weights = self.attention + share * self.ffn + self.head + self.router
-        return 2.0 * weights + 4.0 * self.attention_width * self.context
+        weights = self.attention + share * self.ffn + self.head
+        return 2.0 * weights + 4.0 * self.attention_width * self.context + self.router_flops
 
     def bytes_per_token(self, share: float) -> float:
-        """Bytes read for one token at batch 1: active weights, one embedding row, the KV cache; routers in fp32."""
+        """Bytes read for one token at batch 1: active weights, one embedding row, the KV cache, the routers."""
         weights = self.attention + share * self.ffn + self.head + self.rest + self.residual
-        return float(self.itemsize * (weights + self.cache_width * self.context) + 4 * self.router)
+        return float(self.itemsize * (weights + self.cache_width * self.context) + self.router_bytes)

@@ -22,7 +22,7 @@ from dynaconv.progress import Progress
 
 Maker = Callable[..., Path]
 BATCHES = [Batch(token_ids(8, 64, seed=seed)) for seed in range(2)]
-COST = CostModel(10, 100, 10, 5, 1, 8, 4, 4, 16, 4)
+COST = CostModel(10, 100, 10, 1, 8, 4, 4, 16, 4, router_flops=10, router_bytes=20)
 
 
 @pytest.mark.parametrize("kind", ["width", "curve", "class", "linear"])
@@ -76,11 +76,12 @@ def test_the_full_dial_costs_what_the_dense_model_does(tiny_checkpoint: Maker) -
     model, parent = dynamic_model(folder), dynamic_model(folder, "none")
     model.layout = model.layout.with_dial(uniform_table(model.layout, [0.5]), None)
     checkpoint = Checkpoint.open(folder)
-    routers = sum(value.numel() for value in model.router_state().values())
-    costs = tuple(CostModel.of(checkpoint, router=elements, context=32) for elements in (0, routers))
+    elements = sum(value.numel() for value in model.router_state().values())
+    routers = [ffn.router for ffn in model.ffns()]
+    costs = tuple(CostModel.of(checkpoint, context=32, routers=each) for each in ((), routers))
     with Progress(quiet=True).task("calibrate", 2) as task:
         frontier = measure(model, parent, Text(BATCHES[:1], BATCHES[1:]), costs, 0, task)
     half, full = frontier.points
     assert full.flops_per_token == frontier.parent.flops_per_token
     assert full.bytes_per_token == frontier.parent.bytes_per_token
-    assert half.flops_per_token == costs[0].flops_per_token(half.active_share) + 2 * routers > 0
+    assert half.flops_per_token == costs[0].flops_per_token(half.active_share) + 2 * elements > 0

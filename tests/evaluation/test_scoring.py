@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,7 +109,8 @@ def test_oracle_knows_what_each_block_adds(tiny_checkpoint: Maker) -> None:
 
 def test_cost_counts_what_the_model_has(tiny_checkpoint: Maker) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint(tied=True))
-    cost = CostModel.of(checkpoint, router=100, context=8)
+    router = SimpleNamespace(flops_per_token=200, bytes_per_token=400)
+    cost = CostModel.of(checkpoint, context=8, routers=[router])
     stock = AutoModelForCausalLM.from_pretrained(checkpoint.folder)
     matrices = sum(p.numel() for p in stock.parameters() if p.dim() == 2)  # tied: the embedding is the head
     attention = 4 * checkpoint.layers * checkpoint.sizes["q_head"] * checkpoint.sizes["v_dim"] * 8
@@ -119,7 +121,7 @@ def test_cost_counts_what_the_model_has(tiny_checkpoint: Maker) -> None:
     everything = sum(p.numel() for p in stock.parameters())
     cache = 2 * 2 * 2 * 16 * 8
     assert cost.bytes_per_token(1.0) == 4 * (everything + 64 + cache) + 400
-    dense = CostModel.of(checkpoint, router=0, context=8)
+    dense = CostModel.of(checkpoint, context=8)
     assert cost.without_routers() == dense != cost
 
 
