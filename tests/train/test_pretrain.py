@@ -22,7 +22,7 @@ from dynaconv.data.split import split_documents
 from dynaconv.data.tokenizer import load_tokenizer
 from dynaconv.errors import ArtifactError, ConfigError, DataError
 from dynaconv.progress import Progress
-from dynaconv.threads import Choice, Work
+from dynaconv.threads import ThreadCount, Work
 from dynaconv.train import defaults
 from dynaconv.train.pretrain import Pretraining, Schedule, pretrain, rate
 from dynaconv.train.shape import Shape, train_tokenizer, training_text
@@ -176,9 +176,9 @@ def test_threads_are_chosen_for_the_shape_said_and_no_part_of_the_key(
     asked: list[Work] = []
     used: list[int] = []
 
-    def choose(work: Callable[[], Work]) -> Choice:
+    def choose(work: Callable[[], Work]) -> ThreadCount:
         asked.append(work())
-        return Choice(2, "2 CPU threads: twice as fast as 1")
+        return ThreadCount(2, "2 CPU threads: twice as fast as 1")
 
     def train(*arguments: Any) -> dict[str, Any]:
         used.append(torch.get_num_threads())
