@@ -88,7 +88,7 @@ class OperatingPoint:
 
 
 @dataclass(frozen=True)
-class Position:
+class BudgetPosition:
     """Where a budget lies among the measured points.
 
     Attributes:
@@ -137,7 +137,7 @@ class Frontier:
         """As :func:`budget_for_quality`, on these points."""
         return budget_for_quality(self.budgets, [point.quality for point in self.points], quality)
 
-    def at(self, budget: float) -> Position:
+    def at(self, budget: float) -> BudgetPosition:
         """Where ``budget`` lies among the measured points.
 
         Raises:
@@ -155,10 +155,10 @@ class Frontier:
             )
         below = self.points[right - 1]
         if below.budget == budget or right == len(self.points):
-            return Position(budget, below, None, below.quality)
+            return BudgetPosition(budget, below, None, below.quality)
         above = self.points[right]
         part = (budget - below.budget) / (above.budget - below.budget)
-        return Position(budget, below, above, below.quality + part * (above.quality - below.quality))
+        return BudgetPosition(budget, below, above, below.quality + part * (above.quality - below.quality))
 
     @classmethod
     def from_json(cls, content: Any, *, where: object | None = None) -> Frontier:

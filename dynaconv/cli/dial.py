@@ -14,7 +14,7 @@ from dynaconv.cli.folders import Calibrated, find_calibrated, frontier_errors
 from dynaconv.cli.output import in_short, print_json, say, say_wrapped
 from dynaconv.cli.table import Column, print_table
 from dynaconv.errors import ArtifactError, ConfigError
-from dynaconv.frontier import OperatingPoint, Position, check_budget, check_quality
+from dynaconv.frontier import BudgetPosition, OperatingPoint, check_budget, check_quality
 
 COLUMNS = (
     Column("", words=True),
@@ -82,7 +82,7 @@ def _stored(found: Calibrated) -> float:
         raise ArtifactError("the stored dial cannot be read", where=found.stored, found=error, hint=hint) from error
 
 
-def _write(found: Calibrated, position: Position) -> Path:
+def _write(found: Calibrated, position: BudgetPosition) -> Path:
     if found.stored is None:
         hint = f"dynaconv export {found.folder}"
         raise ArtifactError("there is no exported model to write the dial into", where=found.folder, hint=hint)
@@ -90,7 +90,7 @@ def _write(found: Calibrated, position: Position) -> Path:
     return found.stored
 
 
-def _as_json(position: Position) -> dict[str, Any]:
+def _as_json(position: BudgetPosition) -> dict[str, Any]:
     """``budget`` is where the dial goes, and ``between`` the measured budgets on its two sides.
 
     What was not measured at that budget is null there; its quality is interpolated.
@@ -104,7 +104,7 @@ def _as_json(position: Position) -> dict[str, Any]:
     return {**unknown, **there, "between": between}
 
 
-def _show(found: Calibrated, position: Position, written: Path | None) -> None:
+def _show(found: Calibrated, position: BudgetPosition, written: Path | None) -> None:
     points = found.frontier.points
     rows = [_row("parent", found.frontier.parent)]
     rows += [_row("→" if point is position.below else "", point) for point in points]
@@ -130,7 +130,7 @@ def _row(mark: str, point: OperatingPoint) -> list[str]:
     ]
 
 
-def _sentence(position: Position) -> str:
+def _sentence(position: BudgetPosition) -> str:
     below, above = position.below, position.above
     if above is None:
         share = f"{below.active_share:.1%} of the FFN on average"
