@@ -129,6 +129,11 @@ def as_threshold(threshold: Tensor | float, scores: Tensor) -> Tensor:
     return torch.as_tensor(threshold, dtype=scores.dtype, device=scores.device)
 
 
+def nearest_width(scores: Tensor, threshold: Tensor | float, blocks: int) -> Prefix:
+    """The whole width nearest to score - threshold, 0 to ``blocks``, for each token of ``scores`` (...)."""
+    return Prefix((scores - as_threshold(threshold, scores) - 0.5).ceil().clamp(0, blocks).long())
+
+
 def top_mask(scores: Tensor, width: int) -> Subset:
     """The ``width`` blocks of the highest scores (..., N) of each token; ties go to the first."""
     order = scores.argsort(dim=-1, descending=True, stable=True)[..., :width]

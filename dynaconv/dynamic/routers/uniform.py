@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dynaconv.dynamic.routers.base import Router, as_threshold
-from dynaconv.kernels.choice import Choice, Prefix
+from dynaconv.dynamic.routers.base import Router, nearest_width
+from dynaconv.kernels.choice import Choice
 
 
 class UniformRouter(Router):
@@ -25,7 +25,7 @@ class UniformRouter(Router):
 
     def choose(self, scores: Tensor, threshold: Tensor | float) -> Choice:
         """See :meth:`Router.choose`."""
-        return Prefix((scores - as_threshold(threshold, scores) - 0.5).ceil().clamp(0, self.blocks).long())
+        return nearest_width(scores, threshold, self.blocks)
 
     def threshold_range(self) -> tuple[float, float]:
         """See :meth:`Router.threshold_range`."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynaconv.dynamic.routers.base import Router, as_threshold
-from dynaconv.kernels.choice import Choice, Prefix
+from dynaconv.dynamic.routers.base import Router, as_threshold, nearest_width
+from dynaconv.kernels.choice import Choice
 
 
 class WidthRouter(Router):
@@ -29,7 +29,7 @@ class WidthRouter(Router):
 
     def choose(self, scores: Tensor, threshold: Tensor | float) -> Choice:
         """See :meth:`Router.choose`."""
-        return Prefix((scores - as_threshold(threshold, scores) - 0.5).ceil().clamp(0, self.blocks).long())
+        return nearest_width(scores, threshold, self.blocks)
 
     def margins(self, scores: Tensor, threshold: Tensor | float) -> Tensor:
         """Of block j (from 1): score - threshold - (j - 1/2)."""
