@@ -1,22 +1,21 @@
 """The call that is under way in a model: its policy and its recorder, seen by every site inside it.
 
 Decoder layers pass no unknown keywords down to their FFN, so both travel in one object that all sites of a model hold.
-It is a ``threading.local``: calls in two threads do not see each other, and compiled code may read it. It belongs to
-one model: a draft model that runs inside another's ``generate`` has its own. Ships with every exported model.
+Each thread has its own, so that calls in two threads do not see each other, and compiled code may read it. It belongs
+to one model: a draft model that runs inside another's ``generate`` has its own. Ships with every exported model.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
+from dynaconv.dynamic.per_thread import PerThread
 from dynaconv.dynamic.policy import Policy
 from dynaconv.dynamic.recorder import Recorder
 
 
-class Call(threading.local):
+class Call(PerThread):
     """What the sites of one model do in this thread.
 
     Attributes:
@@ -24,15 +23,9 @@ class Call(threading.local):
         recorder: Is told what every site did; ``None`` where nobody looks.
     """
 
-    def __init__(self) -> None:  # runs once a thread; attributes that came later would make compiled code compile anew
+    def __init__(self) -> None:
         self.policy: Policy | None = None
         self.recorder: Recorder | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), ())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Call:
-        return type(self)()
 
     @contextmanager
     def using(self, policy: Policy | None = None, recorder: Recorder | None = None) -> Iterator[None]:

@@ -9,17 +9,17 @@ weights.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from dynaconv.dynamic.dial import DialLike
+from dynaconv.dynamic.per_thread import PerThread
 from dynaconv.dynamic.policy import Policy
 from dynaconv.dynamic.thresholds import Thresholds
 
 
-class Surrounding(threading.local):
+class Surrounding(PerThread):
     """What calls of one model use in this thread where they name no dial of their own.
 
     Attributes:
@@ -30,12 +30,6 @@ class Surrounding(threading.local):
     def __init__(self) -> None:
         self.policy: Policy | None = None
         self.thresholds = Thresholds()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), ())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Surrounding:
-        return type(self)()
 
 
 class DialedGeneration:

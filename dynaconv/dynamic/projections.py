@@ -11,7 +11,6 @@ they compute is right by construction. Ships with every exported model.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from dynaconv.dynamic.per_thread import PerThread
 from dynaconv.kernels.weights import FFNWeights
 
 STOCK = {"Linear": nn.Linear, "Conv1D": Conv1D}
@@ -98,7 +98,7 @@ def _matrix(module: Any) -> Tensor:
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
-class Handover(threading.local):
+class Handover(PerThread):
     """What the three modules of an ungated FFN tell each other within one forward pass.
 
     Attributes:
@@ -109,12 +109,6 @@ class Handover(threading.local):
     def __init__(self) -> None:
         self.finished = False
         self.x: Tensor | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), ())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Handover:
-        return type(self)()
 
 
 class Inline:

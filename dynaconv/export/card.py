@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dynaconv.arch.blocks import partition_text
 from dynaconv.dynamic.layout import Layout
 from dynaconv.dynamic.routers.kinds import KINDS
 from dynaconv.frontier import Frontier, OperatingPoint
-from dynaconv.kernels.partition import Partition
 from dynaconv.version import __version__
 
 _USE = """\
@@ -66,19 +66,13 @@ def model_card(layout: Layout, parent: str, training: Mapping[str, Any]) -> str:
         "## Lineage",
         "",
         f"- parent: `{parent}`",
-        f"- {_blocks(layout.partition)}",
+        f"- {partition_text(layout.layers, layout.partition)}",
         f"- router: {kind}",
         *([f"- fine-tuned on {training['tokens']:,} tokens, target `{training['router']}`"] if training else []),
         *(f"- stage `{name}`: fingerprint `{mark}`" for name, mark in layout.lineage.get("stages", {}).items()),
         "",
     ]
     return "\n".join(lines)
-
-
-def _blocks(partition: Partition) -> str:
-    if partition.block_size:
-        return f"{partition.neurons} neurons in {partition.blocks} blocks of {partition.block_size}"
-    return f"blocks end at neurons {', '.join(map(str, partition.edges[1:]))} of {partition.neurons}"
 
 
 def _table(frontier: Frontier) -> str:

@@ -58,12 +58,9 @@ def blocked_ffn(ffn: BlockedFFN, x: Tensor, choice: Choice) -> Tensor:
     Returns:
         ``(M, D)``. With gradients where grad mode is on and ``x`` or a weight wants one.
     """
-    for backend in BACKENDS:
-        able, reason = backend.can_run(ffn, x, choice)
-        if able:
-            _log_once(backend.name, reason)
-            return backend.run(ffn, x, choice)
-    raise AssertionError("the reference can always run")
+    chosen = decide(ffn, x, choice)
+    _log_once(chosen.backend.name, chosen.reason)
+    return chosen.backend.run(ffn, x, choice)
 
 
 _logged: set[tuple[str, str]] = set()

@@ -82,8 +82,7 @@ class Partition:
     @property
     def uniform_size(self) -> int | None:
         """Neurons of every block, ``None`` where blocks differ."""
-        size = self.block_size or self.sizes[0]
-        return size if size * self.blocks == self.neurons and len({size, *self.sizes}) == 1 else None
+        return self.block_size if self.block_size and self.neurons % self.block_size == 0 else None
 
     def spread(self, on: Tensor) -> Tensor:
         """What each neuron gets of the entries of its block: (..., N) to (..., F)."""

@@ -12,8 +12,7 @@ Shapes: M tokens, D residual width, F neurons, N blocks. Every function is pure 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -114,7 +113,7 @@ class BlockNorms:
     def __init__(self, down: torch.Tensor, partition: Partition) -> None:
         self._partition = partition
         self._groups: list[tuple[slice, slice, torch.Tensor]] = []  # blocks, their neurons, ``(n, R, size)`` factors
-        for first, stop in _runs_of_one_size(partition.sizes):
+        for first, stop in partition.runs:
             start, end, size = partition.edges[first], partition.edges[stop], partition.sizes[first]
             self._groups.append((slice(first, stop), slice(start, end), _factors(down[:, start:end], size)))
 
@@ -130,15 +129,6 @@ class BlockNorms:
                 parts = torch.einsum("mnb,nrb->nmr", h.unflatten(1, (-1, factors.shape[2])), factors)
                 norms[:, blocks] = torch.linalg.vector_norm(parts, dim=-1).T
         return norms
-
-
-def _runs_of_one_size(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """First block, and the one behind the last, of each longest run of adjacent blocks of one size."""
-    first = 0
-    for _, run in itertools.groupby(sizes):
-        stop = first + len(list(run))
-        yield first, stop
-        first = stop
 
 
 def _factors(down: torch.Tensor, size: int) -> torch.Tensor:
@@ -193,7 +183,7 @@ def curve_widths(partition: Partition, experts: str) -> tuple[int, ...]:
 
 
 def log_norms(norms: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """What a closed-form ``blocks`` router predicts: the logarithm of what each block adds.
+    """What a closed-form ``linear`` router predicts: the logarithm of what each block adds.
 
     Args:
         norms: ``(M, N)``.
