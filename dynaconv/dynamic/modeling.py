@@ -12,7 +12,7 @@ import copy
 import functools
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,13 +122,18 @@ class DynamicMixin(DialedGeneration):
 
         Here and not only in ``forward``, which accelerate and others replace on the instance.
         """
-        call = self.call
-        before = call.policy
-        call.policy = self._policy_for(dial, args, kwargs)
+        return self._run_at(dial, super().__call__, args, kwargs)  # type: ignore[misc]
+
+    def _run_at(
+        self, dial: DialLike | None, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """``run``, a forward pass, under the policy of ``dial``."""
+        before = self.call.policy
+        self.call.policy = self._policy_for(dial, args, kwargs)
         try:
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            return run(*args, **kwargs)
         finally:
-            call.policy = before
+            self.call.policy = before
 
     def _policy_for(self, dial: DialLike | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Policy:
         """The policy of a forward pass: of the dial it names, of the call around it, or of the model's own dial."""
@@ -186,13 +191,7 @@ def dynamic_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     @functools.wraps(stock.forward)
     def forward(self: Any, *args: Any, dial: DialLike | None = None, **kwargs: Any) -> Any:
-        call = self.call
-        before = call.policy
-        call.policy = self._policy_for(dial, args, kwargs)
-        try:
-            return super(made, self).forward(*args, **kwargs)
-        finally:
-            call.policy = before
+        return self._run_at(dial, super(made, self).forward, args, kwargs)
 
     signature = inspect.signature(stock.forward)  # generation looks at the names forward takes
     taken = list(signature.parameters.values())
