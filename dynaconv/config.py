@@ -149,6 +149,26 @@ class HypercloneConfig:
 
 
 @dataclass
+class SketchConfig:
+    """Single neurons chosen by a few-bit copy of their weights (``experts: neurons``).
+
+    Attributes:
+        bits: Bits of gate and up that are read for all neurons, to choose by: the high bit planes of the copy.
+        low_bits: Bits of the copy, in which neurons of middling weight have their values; from ``bits`` to 8.
+        group: Adjacent weights of a neuron that share a scale and a minimum.
+        values: ``mixed``: exact values for the most important neurons, low-bit ones for the next; or ``exact``: chosen
+            neurons have exact values only, and the copy serves to choose.
+        means: Neurons that are off give the mean of their activation where they are off, not nothing.
+    """
+
+    bits: int = 3
+    low_bits: int = 4
+    group: int = 32
+    values: str = "mixed"
+    means: bool = True
+
+
+@dataclass
 class CarveConfig:
     """Cut in the order that profile found, and routers without training: ridge regressions on the FFN input.
 
@@ -232,7 +252,9 @@ class FinetuneConfig:
         full_share: Share of the steps, drawn at random, that train the full dial only.
         uniform_share: Share of the steps, at the start, in which all tokens get the same width; none where only
             ``routers`` train.
-        budgets: Lowest and highest budget sampled.
+        budgets: Lowest and highest budget sampled, shares of the parent's FFN bytes, routers counted. ``null`` takes
+            those at which tokens use a sixteenth and a half of the neurons (``neurons``), or a fifth and three
+            quarters.
         distribution: Of the budgets between the two: ``uniform``, ``low`` (uniform in the logarithm: low ones are
             more frequent) or ``high`` (the mirror image).
         anchor: The one budget trained at towards the end; ``null`` samples all along.
@@ -268,7 +290,7 @@ class FinetuneConfig:
     explosion: float = 3.0
     full_share: float = 0.0
     uniform_share: float = 0.0
-    budgets: list[float] = field(default_factory=lambda: [0.2, 0.75])
+    budgets: list[float] | None = None
     distribution: str = "uniform"
     anchor: float | None = None
     anchor_after: float = 0.9
@@ -288,15 +310,16 @@ class CalibrateConfig:
     """The dial's grid and how it is measured.
 
     Attributes:
-        budgets: Active FFN shares to solve thresholds for; 1 is always added.
+        budgets: Shares of the parent's FFN bytes to solve thresholds for, routers counted; 1 is always added. ``null``
+            takes a grid from the lowest that leaves tokens some neurons.
         tokens: Validation tokens that thresholds are solved on; never those that are scored.
         score_tokens: Validation tokens that loss and agreement are scored on.
         batch_size: Windows in a batch.
-        tolerance: Largest difference between the share asked and the share spent.
+        tolerance: Largest difference between the budget and what is spent.
         speed_tokens: Tokens generated at batch 1 for tokens/s; ``0`` leaves speed out.
     """
 
-    budgets: list[float] = field(default_factory=lambda: [0.25, 0.375, 0.5, 0.625, 0.75, 0.875])
+    budgets: list[float] | None = None
     tokens: int = 32768
     score_tokens: int = 40960
     batch_size: int = 16
@@ -347,8 +370,9 @@ class RunConfig:
     Attributes:
         source: Folder or hub name of the dense checkpoint.
         stages: Stages in order.
-        experts: What a token may use: ``nested``, the first so many blocks, neurons in the order of their importance;
-            or ``routed``, any blocks, each a cluster of neurons that are active together.
+        experts: What a token may use: ``neurons``, any single neurons, chosen by a few-bit sketch of the weights;
+            ``routed``, any blocks, each a cluster of neurons that are active together; or ``nested``, the first so
+            many blocks, neurons in the order of their importance.
         blocks: Nested experts: how many blocks each FFN is cut into, from 1 to its neurons. ``None`` takes 8.
         block_size: Routed experts: neurons a block, from 1 to those of the FFN; the last block holds what is left.
             ``None`` takes 16, or fewer where an FFN has no 64 blocks of 16.
@@ -357,8 +381,8 @@ class RunConfig:
     """
 
     source: str = ""
-    stages: list[str] = field(default_factory=lambda: ["profile", "carve", "finetune", "calibrate", "export"])
-    experts: str = "routed"
+    stages: list[str] = field(default_factory=lambda: ["profile", "carve", "calibrate", "export"])
+    experts: str = "neurons"
     blocks: int | None = None
     block_size: int | None = None
     seed: int = 0
@@ -369,6 +393,7 @@ class RunConfig:
     subclone: SubcloneConfig = field(default_factory=SubcloneConfig)
     hyperclone: HypercloneConfig = field(default_factory=HypercloneConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    sketch: SketchConfig = field(default_factory=SketchConfig)
     carve: CarveConfig = field(default_factory=CarveConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)

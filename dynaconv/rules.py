@@ -66,7 +66,7 @@ ALLOWED: dict[str, Allowed] = {
     "stages": Allowed(
         "at least one stage, none of them twice", lambda value: bool(value) and len(set(value)) == len(value)
     ),
-    "experts": _one_of("nested", "routed"),
+    "experts": _one_of("neurons", "routed", "nested"),
     "blocks": _or_null(_whole(1)),
     "block_size": _or_null(_whole(1)),
     "seed": _whole(0),
@@ -100,6 +100,10 @@ ALLOWED: dict[str, Allowed] = {
     "hyperclone.variant": _one_of("noisy", "symmetric", "diagonal"),
     "hyperclone.snr_db": Allowed("a finite number of decibels", math.isfinite),
     "hyperclone.shard_bytes": _whole(1),
+    "sketch.bits": _whole(1, 8),
+    "sketch.low_bits": _whole(1, 8),
+    "sketch.group": _whole(1),
+    "sketch.values": _one_of("mixed", "exact"),
     "carve.ridge": _POSITIVE,
     "carve.shard_bytes": _whole(1),
     "finetune.tokens": _whole(1),
@@ -122,9 +126,11 @@ ALLOWED: dict[str, Allowed] = {
     ),
     "finetune.clip": _POSITIVE,
     "finetune.uniform_share": _SHARE,
-    "finetune.budgets": Allowed(
-        "a lowest and a highest budget, both above 0 and at most 1, such as [0.15, 0.75]",
-        lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
+    "finetune.budgets": _or_null(
+        Allowed(
+            "a lowest and a highest budget, both above 0 and at most 1, such as [0.15, 0.75]",
+            lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
+        )
     ),
     "finetune.distribution": _one_of("uniform", "low", "high"),
     "finetune.anchor": _or_null(_POSITIVE_SHARE),
@@ -139,7 +145,9 @@ ALLOWED: dict[str, Allowed] = {
     "finetune.save_every": _whole(1),
     "finetune.statistics_every": _whole(0),
     "finetune.wandb": _one_of("auto", "offline", "off"),
-    "calibrate.budgets": Allowed("ascending budgets, each above 0 and at most 1, such as [0.25, 0.5]", _ascending),
+    "calibrate.budgets": _or_null(
+        Allowed("ascending budgets, each above 0 and at most 1, such as [0.25, 0.5]", _ascending)
+    ),
     "calibrate.tokens": _whole(1),
     "calibrate.score_tokens": _whole(1),
     "calibrate.batch_size": _whole(1),
@@ -165,7 +173,19 @@ def problems(config: RunConfig) -> list[str]:
 
 
 def _block_problems(config: RunConfig) -> Iterator[str]:
-    """A size where a number is meant, or the reverse."""
+    """A size where a number is meant, or the reverse; more bits read than there are."""
+    if config.sketch.bits > config.sketch.low_bits:
+        yield (
+            f"sketch.bits is {config.sketch.bits}, more than the {config.sketch.low_bits} of sketch.low_bits, whose "
+            "high bits they are"
+        )
+    if config.experts == "neurons" and config.blocks is not None:
+        yield f"blocks is {config.blocks}, but experts is 'neurons', which are chosen one by one: leave blocks out"
+    if config.experts == "neurons" and config.block_size not in (None, 1):
+        yield (
+            f"block_size is {config.block_size}, but experts is 'neurons', which are chosen one by one: leave "
+            "block_size out, or ask for blocks with experts=routed"
+        )
     if config.experts == "routed" and config.blocks is not None:
         yield (
             f"blocks is {config.blocks}, but experts is 'routed', whose blocks are given by their size: leave blocks "

@@ -13,11 +13,13 @@ GRANULES = (128, 16)  # kernels read tiles of this many neurons; the smaller one
 
 
 def ffn_partition(neurons: int, config: RunConfig) -> Partition:
-    """How ``config`` cuts an FFN of F ``neurons``: into ``blocks`` nested blocks, or routed ones of ``block_size``.
+    """How ``config`` cuts an FFN of F ``neurons``: one by one, or into routed blocks, or nested ones.
 
     Raises:
         ConfigError: ``blocks`` or ``block_size`` does not fit the FFN.
     """
+    if config.experts == "neurons":
+        return Partition.equal(neurons, 1)
     if config.experts == "routed":
         return routed_partition(neurons, config.block_size)
     return nested_partition(neurons, config.blocks)
@@ -63,6 +65,8 @@ def routed_partition(neurons: int, block_size: int | None = None) -> Partition:
 
 def partition_text(layers: int, partition: Partition) -> str:
     """For people: ``30 FFNs of 1536 neurons in 96 blocks of 16``."""
+    if partition.block_size == 1:
+        return f"{layers} FFNs of {partition.neurons} neurons, each for itself"
     *sizes, last = partition.sizes
     if partition.block_size:
         shown = str(partition.block_size)

@@ -77,6 +77,10 @@ class Measured:
         """(F,) fp32, in the dense checkpoint's order of neurons."""
         return self.reader.read(f"layers.{layer}.importance")
 
+    def level(self, layer: int) -> Tensor:
+        """What a ``sketch`` router's scores are taken relative to, () fp32."""
+        return self.reader.read(f"layers.{layer}.level")
+
     def sums(self, layer: int) -> tuple[Tensor, Tensor]:
         """``feature_gram`` (D + 1, D + 1) and ``feature_target`` (D + 1, N), as :func:`solve_ridge` takes them."""
         return self.reader.read(f"layers.{layer}.feature_gram"), self.reader.read(f"layers.{layer}.feature_target")

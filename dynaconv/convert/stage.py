@@ -1,4 +1,4 @@
-"""carve: puts the neurons of each FFN in order, cuts them into blocks, and solves routers without training.
+"""carve: puts the neurons of each FFN in order, cuts them into blocks, and makes routers without training.
 
 What comes out is the parent with its neurons permuted: the same config.json, the same tensor names, the same function.
 Blocks and routers lie beside it (dynaconv.json, dynaconv.safetensors). D residual width, F neurons, N blocks.
@@ -21,7 +21,7 @@ from dynaconv.artifacts.tensors import write_tensors
 from dynaconv.config import RunConfig
 from dynaconv.convert.measured import Measured
 from dynaconv.convert.ridge import ridge_peak_bytes, solve_ridge
-from dynaconv.dynamic.layout import ROUTER_FILE, FFNLayout, Layout, RouterLayout
+from dynaconv.dynamic.layout import ROUTER_FILE, CopyLayout, FFNLayout, Layout, RouterLayout
 from dynaconv.dynamic.routers.kinds import KINDS
 from dynaconv.pipeline.stage import TORCH_BYTES, Dense, Estimate, Stage, StageContext
 
@@ -32,7 +32,7 @@ class CarveStage(Stage):
     name = "carve"
     consumes = ("dense", "statistics")
     produces = "dynamic"
-    sections = ("experts", "blocks", "block_size", "carve")
+    sections = ("experts", "blocks", "block_size", "sketch", "carve")
     library_bytes = TORCH_BYTES
 
     def estimate(self, config: RunConfig, source: Dense, parent: Dense | None = None) -> Estimate:
@@ -45,15 +45,16 @@ class CarveStage(Stage):
         checkpoint = Checkpoint.open(source)
         partition = ffn_partition(checkpoint.sizes["ffn"], config)
         residual, layers = checkpoint.sizes["residual"], checkpoint.layers
-        routers = 4 * layers * partition.blocks * (residual + 1)
+        sketched = config.experts == "neurons"
+        routers = 4 * layers * (1 if sketched else partition.blocks * (residual + 1))
         orders = 8 * layers * checkpoint.sizes["ffn"]
-        solving = ridge_peak_bytes(residual, partition.blocks)
+        solving = 0 if sketched else ridge_peak_bytes(residual, partition.blocks)
         weights = sum(checkpoint.reader.tensors[name].nbytes for name in checkpoint.slots)
         sides = sum(path.stat().st_size for path in side_files(checkpoint.folder))
         return Estimate(
             peak_bytes=routers + orders + max(solving, transform_peak_bytes(checkpoint, {"ffn"})),
             disk_bytes=weights + routers + sides,
-            flops=layers * residual**2 * (residual / 3 + 2.0 * partition.blocks),
+            flops=0.0 if sketched else layers * residual**2 * (residual / 3 + 2.0 * partition.blocks),
             notes=(partition_text(layers, partition),),
         )
 
@@ -71,17 +72,35 @@ class CarveStage(Stage):
         measured = Measured.open(context.inputs["statistics"], checkpoint, partition, config.experts)
         context.log.info("carve: %s", partition_text(measured.layers, partition))
         orders = {layer: measured.order(layer) for layer in range(checkpoint.layers)}
-        routers = _solve_routers(measured, context)
+        routers = _routers(measured, context)
         _stream_weights(checkpoint, orders, context)
         with storage_errors(context.folder):
             shutil.copyfile(checkpoint.folder / CONFIG_FILE, context.folder / CONFIG_FILE)
             copy_side_files(checkpoint.folder, context.folder)
             write_tensors(context.folder / ROUTER_FILE, routers)
             ffn = FFNLayout(**asdict(checkpoint.family.ffn))
-            kind = next(kind for kind in KINDS.values() if kind.closed_form and kind.experts == config.experts)
-            router = RouterLayout(kind=kind.kind, linear=True, bound=kind.default_bound)
-            Layout(partition, checkpoint.layers, ffn, router).save(context.folder)
+            router, copy = _router_layout(config)
+            itemsize = checkpoint.dtype.itemsize
+            Layout(partition, checkpoint.layers, ffn, router, copy=copy, itemsize=itemsize).save(context.folder)
         return _metrics(measured, orders)
+
+
+def _router_layout(config: RunConfig) -> tuple[RouterLayout, CopyLayout | None]:
+    """The routers that need no training, and the few-bit copy of the weights that they may need."""
+    if config.experts == "neurons":
+        sketch = config.sketch
+        mixed = sketch.values == "mixed"
+        bits = sketch.low_bits if mixed else sketch.bits
+        return RouterLayout("sketch", bits=sketch.bits), CopyLayout(bits, sketch.group, values=mixed)
+    kind = next(kind for kind in KINDS.values() if kind.closed_form and kind.experts == config.experts)
+    return RouterLayout(kind=kind.kind, linear=True, bound=kind.default_bound), None
+
+
+def _routers(measured: Measured, context: StageContext) -> dict[str, Tensor]:
+    """Tensors of every layer's router, by the names dynaconv.safetensors uses."""
+    if context.config.experts == "neurons":
+        return {f"layers.{layer}.router.offset": measured.level(layer) for layer in range(measured.layers)}
+    return _solve_routers(measured, context)
 
 
 def _solve_routers(measured: Measured, context: StageContext) -> dict[str, Tensor]:

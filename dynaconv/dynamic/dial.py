@@ -9,33 +9,45 @@ from dataclasses import dataclass
 from dynaconv.dynamic.layout import DialTable, Layout
 from dynaconv.frontier import check_budget, check_quality
 
+UNITS = ("budget", "flops", "quality", "width")
+
 
 @dataclass(frozen=True)
 class Dial:
-    """How much of the model to use: a budget, a quality, or one fixed width. Immutable; travels with the call.
+    """How much of the model to use: a cost, a quality, or one fixed width. Immutable; travels with the call.
 
     Turning it up never takes a block away from a token whose hidden state is the same.
 
     Attributes:
-        budget: Mean active FFN share, in (0, 1]. 1 is the full dial: the parent's own function.
+        budget: Share of the parent's FFN bytes read for a token, on average, the router's counted, in (0, 1]. 1 is the
+            full dial: the parent's own function.
+        flops: Share of the parent's FFN FLOPs computed for a token, likewise; turned into a budget by the measured
+            frontier.
         quality: exp(parent loss - loss) to hold, above 0; turned into a budget by the measured frontier. Above 1
             where the model is better than its parent.
         width: The same number of blocks for every token, from 0; needs no calibration.
+        prompt: What ``generate`` reads the prompt at; the full dial where it is ``None``.
 
     Raises:
-        ValueError: Not exactly one of the three is given, or it is out of its range.
+        ValueError: Not exactly one of the first four is given, or it is out of its range.
     """
 
     budget: float | None = None
     quality: float | None = None
     width: int | None = None
+    flops: float | None = None
+    prompt: Dial | float | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in ("budget", "quality", "width") if getattr(self, name) is not None]
+        given = [name for name in UNITS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"a dial is one of budget, quality or width; given: {', '.join(given) or 'none'}")
+            raise ValueError(f"a dial is one of {', '.join(UNITS)}; given: {', '.join(given) or 'none'}")
         if self.budget is not None:
             check_budget(self.budget)
+        if self.flops is not None:
+            check_budget(self.flops)
+        if isinstance(self.prompt, (int, float)):
+            object.__setattr__(self, "prompt", Dial(budget=float(self.prompt)))
         if self.quality is not None:
             check_quality(self.quality)
         if self.width is not None and self.width < 0:
@@ -54,7 +66,7 @@ class Dial:
     def __str__(self) -> str:
         if self.is_full:
             return "full"
-        name = next(name for name in ("budget", "quality", "width") if getattr(self, name) is not None)
+        name = next(name for name in UNITS if getattr(self, name) is not None)
         return f"{name} {getattr(self, name):g}"
 
     @property
@@ -74,21 +86,50 @@ class Dial:
         budget = self.resolved(layout)
         if budget == 1.0:
             return (-math.inf,) * layout.layers
-        return _interpolated(_calibrated(layout.dial), budget)
+        table = _calibrated(layout.dial)
+        return _interpolated(table.budgets, table.thresholds, budget)
+
+    def exact(self, layout: Layout) -> tuple[float, ...]:
+        """The thresholds above which blocks have exact values, of each of the L sites; empty where all active ones do.
+
+        Raises:
+            ValueError: As :meth:`thresholds`.
+        """
+        budget, table = self.resolved(layout), layout.dial
+        if table is None or not table.exact:
+            return ()
+        return (-math.inf,) * layout.layers if budget == 1.0 else _interpolated(table.budgets, table.exact, budget)
+
+    def means(self, layout: Layout) -> tuple[float, ...]:
+        """The weight of each of the G sets of means at this dial; empty where neurons that are off give nothing.
+
+        Raises:
+            ValueError: As :meth:`thresholds`.
+        """
+        if not layout.means:
+            return ()
+        count = len(layout.means)
+        sets = tuple(tuple(float(i == j) for j in range(count)) for i in range(count))
+        return _interpolated(layout.means, sets, max(self.resolved(layout), layout.means[0]))
 
     def resolved(self, layout: Layout) -> float:
         """The budget that this dial means for the model of ``layout``.
 
         Raises:
-            ValueError: It is a width, the model was not calibrated, or no measured point reaches the quality.
+            ValueError: It is a width, the model was not calibrated, no measured point reaches the quality, or all cost
+                more FLOPs.
         """
         if self.budget is not None:
             return self.budget
-        if self.quality is None:
+        if self.width is not None:
             raise ValueError("a uniform width has no budget, and no router threshold")
         _calibrated(layout.dial)
         if layout.frontier is None:
-            raise ValueError("this model has no measured frontier to find a quality on: run `dynaconv calibrate`")
+            asked = "a quality" if self.flops is None else "a share of FLOPs"
+            raise ValueError(f"this model has no measured frontier to find {asked} on: run `dynaconv calibrate`")
+        if self.flops is not None:
+            return layout.frontier.budget_for_flops(self.flops)
+        assert self.quality is not None
         return layout.frontier.budget_for_quality(self.quality)
 
 
@@ -98,15 +139,16 @@ def _calibrated(table: DialTable | None) -> DialTable:
     return table
 
 
-def _interpolated(table: DialTable, budget: float) -> tuple[float, ...]:
-    if budget < table.budgets[0]:
-        raise ValueError(f"budget {budget:g} is below the lowest calibrated one, {table.budgets[0]:g}")
-    right = sum(calibrated <= budget for calibrated in table.budgets)  # torch.compile cannot follow bisect
-    if right == len(table.budgets):
-        return table.thresholds[-1]
-    low, high = table.budgets[right - 1], table.budgets[right]
+def _interpolated(budgets: Sequence[float], rows: Sequence[tuple[float, ...]], budget: float) -> tuple[float, ...]:
+    """The row of ``budget``, linear between the rows of the two ``budgets`` beside it."""
+    if budget < budgets[0]:
+        raise ValueError(f"budget {budget:g} is below the lowest calibrated one, {budgets[0]:g}")
+    right = sum(known <= budget for known in budgets)  # torch.compile cannot follow bisect
+    if right == len(budgets):
+        return rows[-1]
+    low, high = budgets[right - 1], budgets[right]
     part = (budget - low) / (high - low)
-    return tuple(a + part * (b - a) for a, b in zip(table.thresholds[right - 1], table.thresholds[right], strict=True))
+    return tuple(a + part * (b - a) for a, b in zip(rows[right - 1], rows[right], strict=True))
 
 
 DialLike = Dial | float | Sequence[Dial | float]

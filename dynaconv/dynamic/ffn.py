@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from dynaconv.dynamic.call import Call
+from dynaconv.dynamic.cost import FFNCost, FFNShape, ffn_cost
+from dynaconv.dynamic.few_bits import FewBitCopy
 from dynaconv.dynamic.layout import FFNLayout
-from dynaconv.dynamic.policy import Decision
+from dynaconv.dynamic.policy import Decision, by_sequence
 from dynaconv.dynamic.projections import (
     Between,
     Handover,
@@ -31,12 +33,15 @@ from dynaconv.dynamic.projections import (
 )
 from dynaconv.dynamic.recorder import Record
 from dynaconv.dynamic.routers.base import Router
+from dynaconv.dynamic.routers.sketch import SketchRouter
 from dynaconv.dynamic.site import Site
 from dynaconv.kernels.blocks import BlockedFFN
-from dynaconv.kernels.choice import Choice, Soft
+from dynaconv.kernels.choice import Choice, Soft, Subset
 from dynaconv.kernels.dispatch import blocked_ffn
 from dynaconv.kernels.op import compiled_ffn, register_activation
+from dynaconv.kernels.reference import blocked_ffn as reference_ffn
 from dynaconv.kernels.reference import select
+from dynaconv.kernels.weights import FFNWeights
 
 
 class DynamicFFN(nn.Module):
@@ -52,8 +57,12 @@ class DynamicFFN(nn.Module):
         activation_name: What ``config.json`` calls it.
         router: Makes the site's router, from D.
         call: Of the model it belongs to.
+        copy: Makes the few-bit copy of the weights, where the router or low-bit values need one.
+        means: Sets of means of neurons that are off, G; 0 where such neurons give nothing.
+        itemsize: Bytes of a weight in the checkpoint.
 
     Attributes:
+        means: ``(G, F)``, what each neuron gives where it is off; policies weigh the sets.
         hooks_only_move_weights: Whether hooks of the projections of an ungated FFN compute nothing, as ZeRO 3's, which
             gather weights: then they need not be called, and the FFN is computed in one piece all the same.
     """
@@ -73,15 +82,21 @@ class DynamicFFN(nn.Module):
         activation_name: str,
         router: Callable[[int], Router],
         call: Call,
+        copy: FewBitCopy | None = None,
+        means: int = 0,
+        itemsize: int = 4,
     ) -> None:
         super().__init__()
         self.site, self.names, self.call, self.activation = site, names, call, activation
+        self.copy, self.itemsize = copy, itemsize
         object.__setattr__(self, "_owner", owner)  # not a submodule: it owns this module
         self.activation_name = activation_name
         register_activation(activation_name, activation)
         up = innermost(projection(owner, names.up))
+        self.residual = up.weight.shape[1 if isinstance(up, nn.Linear) else 0]
         with torch.device(device_of(up)):
-            self.router = router(up.weight.shape[1 if isinstance(up, nn.Linear) else 0])
+            self.router = router(self.residual)
+            self.means = nn.Parameter(torch.zeros(means, site.partition.neurons)) if means else None
         self.train(owner.training)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -131,16 +146,21 @@ class DynamicFFN(nn.Module):
                 calls.
         """
         if scores_only:
-            return self.router(x)
+            return self._scores(x)
         decision = self._decide(x)
         choice = decision.choice
-        if choice is None or self._needs_modules(choice):
+        if choice is None or not self._reads_weights(choice):
             return self._project(self.names.down, self._used(x, self.hidden(x), decision))
+        rows, ffn = x.reshape(-1, x.shape[-1]), self.blocked(decision, x)
+        if self._observed() or torch.is_grad_enabled():
+            self._record(x, decision, self.hidden(x) if self._observed() else None)
+            return reference_ffn(ffn, rows, choice.rows()).view_as(x)
         self._record(x, decision)
-        rows, ffn = x.reshape(-1, x.shape[-1]), self.blocked()
-        if torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
+            return blocked_ffn(ffn, rows, choice.rows()).view_as(x)
+        if ffn.low is None and ffn.mean is None:
             return compiled_ffn(ffn, rows, choice.rows(), self.activation_name).view_as(x)
-        return blocked_ffn(ffn, rows, choice.rows()).view_as(x)
+        return reference_ffn(ffn, rows, choice.rows()).view_as(x)
 
     def select(self, x: Tensor, hidden: Tensor) -> Tensor:
         """What the call's policy keeps of the activations (..., F) of FFN inputs ``x`` (..., D)."""
@@ -157,11 +177,43 @@ class DynamicFFN(nn.Module):
             gate = self._project(self.names.gate, x)
         return self.activation(gate) * up
 
-    def blocked(self) -> BlockedFFN:
-        """The network as the kernels take it; its projections must be plain."""
+    def blocked(self, decision: Decision | None = None, x: Tensor | None = None) -> BlockedFFN:
+        """The network as the kernels take it, for what was decided of tokens ``x``; its projections must be plain."""
+        weights, low, mean = self.weights(), None, None
+        if decision is not None and x is not None:
+            mean = self._mean(decision, x)
+            if mean is not None and mean.dim() > 1:
+                mean = mean.expand(*x.shape[:-1], -1).reshape(-1, mean.shape[-1])
+            if isinstance(decision.choice, Subset) and decision.choice.exact is not None and self.copy is not None:
+                self.copy.follow(weights)
+                low = self.copy.values(weights)
+        return BlockedFFN(weights, self.site.partition, low, mean)
+
+    def weights(self) -> FFNWeights:
+        """The weights of its projections, without what adapters add."""
         names = self.names
-        weights = ffn_weights(self._owner, names.gate, names.up, names.down, self.activation)
-        return BlockedFFN(weights, self.site.partition)
+        return ffn_weights(self._owner, names.gate, names.up, names.down, self.activation)
+
+    @functools.cached_property
+    def cost(self) -> FFNCost:
+        """What a token's use of it costs, the router counted."""
+        weights = self.weights()
+        biases = sum(
+            bias.numel() for bias in (weights.gate_bias, weights.up_bias, weights.down_bias) if bias is not None
+        )
+        inputs = 1 if weights.gate is None else 2
+        shape = FFNShape(self.residual, self.site.partition.neurons, inputs, self.itemsize, biases)
+        router: tuple[float, float] = self.router.bytes_per_token, self.router.flops_per_token
+        low = (0.0, 0.0)
+        if self.copy is not None:
+            low = self.copy.low_cost(shape) if self.copy.layout.values else low
+            router = self.copy.sketch_cost(shape)
+        return ffn_cost(shape, router=router, low=low, means=self.means is not None)
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Tensors that the stock FFN does not have, by name: the router's, and the means."""
+        own = {f"router.{name}": value for name, value in self.router.state_dict(keep_vars=True).items()}
+        return own if self.means is None else own | {"means": self.means}
 
     def projections(self) -> list[nn.Module]:
         """The stock projections it computes with."""
@@ -180,22 +232,48 @@ class DynamicFFN(nn.Module):
 
     def _decide(self, x: Tensor) -> Decision:
         policy = self.call.policy
-        return Decision(None) if policy is None else policy.decide(self.site, self.router, x)
+        if policy is None:
+            return Decision(None)
+        self._prepare()
+        return policy.decide(self.site, self.router, x)
 
-    def _needs_modules(self, choice: Choice) -> bool:
-        """Whether the projections have to be called, as training does, instead of read by a kernel."""
+    def _scores(self, x: Tensor) -> Tensor:
+        self._prepare()
+        return self.router(x)
+
+    def _prepare(self) -> None:
+        """Lets a sketch router see the weights as they are now."""
+        if isinstance(self.router, SketchRouter) and self.copy is not None:
+            self.router.follow(self.copy, self.weights())
+
+    def _mean(self, decision: Decision, x: Tensor) -> Tensor | None:
+        """What neurons give that are off, (F,), or (B, 1, F) where sequences differ."""
+        if decision.means is None or self.means is None:
+            return None
+        mean = decision.means.to(self.means) @ self.means
+        return mean if mean.dim() == 1 else by_sequence(mean, x)
+
+    def _observed(self) -> bool:
         recorder = self.call.recorder
-        observed = recorder is not None and recorder.wants_hidden
-        return observed or torch.is_grad_enabled() or isinstance(choice, Soft) or not self.is_plain()
+        return recorder is not None and recorder.wants_hidden
+
+    def _reads_weights(self, choice: Choice) -> bool:
+        """Whether the weights say what the projections compute, so that these need not be called, as in training."""
+        if isinstance(choice, Subset) and choice.exact is not None:  # low-bit values are made from weights
+            return self.is_plain() or (self.hooks_only_move_weights and all(
+                isinstance(module, Inline) for module in self.projections()))  # fmt: skip
+        return not (self._observed() or torch.is_grad_enabled() or isinstance(choice, Soft)) and self.is_plain()
 
     def _used(self, x: Tensor, hidden: Tensor, decision: Decision) -> Tensor:
         self._record(x, decision, hidden)
-        return hidden if decision.choice is None else select(hidden, decision.choice, self.site.partition)
+        if decision.choice is None:
+            return hidden
+        return select(hidden, decision.choice, self.site.partition, self._mean(decision, x))
 
     def _record(self, x: Tensor, decision: Decision, hidden: Tensor | None = None) -> None:
         recorder = self.call.recorder
         if recorder is not None:
-            recorder.record(Record(self.site, x, decision.choice, decision.scores, hidden))
+            recorder.record(Record(self.site, x, decision.choice, decision.scores, hidden, self.cost))
 
     def _project(self, name: str, x: Tensor) -> Tensor:
         module = projection(self._owner, name)

@@ -14,7 +14,7 @@ from dynaconv.dynamic.site import Site
 from dynaconv.frontier import Frontier
 from dynaconv.kernels.partition import Partition
 
-SCHEMA = 2
+SCHEMA = 3
 LAYOUT_FILE = "dynaconv.json"
 ROUTER_FILE = "dynaconv.safetensors"
 OPERATING_POINT_FILE = "dial.json"
@@ -50,12 +50,29 @@ class RouterLayout:
         linear: Whether there is a linear branch.
         rank: Hidden width of the Linear-SiLU-Linear branch; 0 where there is none.
         bound: Largest score of a kind whose scores are bounded.
+        bits: Bit planes of the weights' few-bit copy that a ``sketch`` reads; 0 for other kinds.
     """
 
     kind: str = "none"
     linear: bool = False
     rank: int = 0
     bound: float = 2.0
+    bits: int = 0
+
+
+@dataclass(frozen=True)
+class CopyLayout:
+    """How the copy is made.
+
+    Attributes:
+        bits: Bits of low-bit values, b.
+        group: Adjacent weights of a neuron that share a scale and a minimum.
+        values: Whether tokens may use low-bit values; otherwise the copy serves the router alone.
+    """
+
+    bits: int = 4
+    group: int = 32
+    values: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,12 +80,16 @@ class DialTable:
     """What calibration solved: the threshold of each site's router at each budget of a grid.
 
     Attributes:
-        budgets: Active FFN shares, ascending, G values, the last 1.
+        budgets: Shares of the parent's FFN bytes, ascending, G values, the last 1.
         thresholds: ``thresholds[g][l]``, one a site, never rising with the budget.
+        exact: Thresholds above which values are exact, likewise; empty where all active blocks are exact.
+        unit: What budgets are shares of: ``bytes``, or ``neurons`` (files of schemas 1 and 2, routers not counted).
     """
 
     budgets: tuple[float, ...]
     thresholds: tuple[tuple[float, ...], ...]
+    exact: tuple[tuple[float, ...], ...] = ()
+    unit: str = "bytes"
 
 
 @dataclass(frozen=True)
@@ -80,6 +101,10 @@ class Layout:
         layers: Number of decoder layers, L; each has one site, its FFN.
         ffn: Where the FFNs are.
         router: What the routers are.
+        copy: How the few-bit copy of the weights is made; ``None`` where there is none.
+        means: Budgets at which the means of neurons that are off were measured, ascending; between them they are
+            interpolated. Empty where such neurons give nothing.
+        itemsize: Bytes of a weight in the checkpoint: what costs are counted in.
         dial: The calibrated dial, ``None`` before calibration.
         lineage: Where it came from: source, recipe and stage fingerprints.
         frontier: What calibration measured, ``None`` before it.
@@ -89,6 +114,9 @@ class Layout:
     layers: int
     ffn: FFNLayout
     router: RouterLayout = field(default_factory=RouterLayout)
+    copy: CopyLayout | None = None
+    means: tuple[float, ...] = ()
+    itemsize: int = 4
     dial: DialTable | None = None
     lineage: dict[str, Any] = field(default_factory=dict)
     frontier: Frontier | None = None
@@ -116,7 +144,7 @@ class Layout:
 
     @classmethod
     def load(cls, folder: str | Path) -> Layout:
-        """Reads ``dynaconv.json`` from ``folder``; files of schema 1 are translated.
+        """Reads ``dynaconv.json`` from ``folder``; files of older schemas are translated.
 
         Raises:
             FileNotFoundError: The folder was not made by dynaconv.
@@ -127,14 +155,18 @@ class Layout:
         try:
             content = json.loads(text)
             schema = content.pop("schema", None)
-            if schema in (1, SCHEMA):
-                return _read(_from_schema_1(content) if schema == 1 else content)
+            if schema == 1:
+                content = _from_schema_1(content)
+            if schema in (1, 2):
+                content = _from_schema_2(content)
+            if schema in (1, 2, SCHEMA):
+                return _read(content)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             found = f"no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path} is damaged ({found}): export the model again") from error
         newer = isinstance(schema, int) and schema > SCHEMA
         way_out = "upgrade dynaconv" if newer else "export the model again"
-        raise ValueError(f"{path} has schema {schema!r}; this dynaconv reads 1 and {SCHEMA}: {way_out}")
+        raise ValueError(f"{path} has schema {schema!r}; this dynaconv reads 1 to {SCHEMA}: {way_out}")
 
     def with_dial(self, dial: DialTable, frontier: Frontier | None) -> Layout:
         """The same layout with what calibration found."""
@@ -142,15 +174,25 @@ class Layout:
 
 
 def _read(content: dict[str, Any]) -> Layout:
-    """The layout of a file of schema 2; any error of lookup, type or value says that it is damaged."""
+    """The layout of a file of schema 3; any error of lookup, type or value says that it is damaged."""
     layers, dial = content["layers"], content["dial"]
     if type(layers) is not int or layers < 1:
         raise ValueError(f"layers is {layers!r}")
+    router, copy = RouterLayout(**content["router"]), content["copy"]
+    if copy is not None:
+        copy = CopyLayout(**copy)
+        if not (1 <= copy.bits <= 8 and copy.group >= 1):
+            raise ValueError(f"the few-bit copy has {copy.bits} bits in groups of {copy.group}")
+    if router.kind == "sketch" and not (copy and 1 <= router.bits <= copy.bits):
+        raise ValueError(f"the sketch reads {router.bits} bits of a copy of {copy.bits if copy else 0}")
     return Layout(
         partition=Partition.from_json(content["partition"]),
         layers=layers,
         ffn=FFNLayout(**content["ffn"]),
-        router=RouterLayout(**content["router"]),
+        router=router,
+        copy=copy,
+        means=tuple(map(float, content["means"])),
+        itemsize=int(content["itemsize"]),
         dial=None if dial is None else _dial_table(dial, layers),
         lineage=content["lineage"],
         frontier=Frontier.from_json(content["frontier"]) if content["frontier"] else None,
@@ -159,12 +201,13 @@ def _read(content: dict[str, Any]) -> Layout:
 
 def _dial_table(content: Any, layers: int) -> DialTable:
     budgets = tuple(map(float, content["budgets"]))
-    thresholds = tuple(tuple(map(float, row)) for row in content["thresholds"])
+    rows = {name: tuple(tuple(map(float, row)) for row in content[name]) for name in ("thresholds", "exact")}
     if not budgets or list(budgets) != sorted(set(budgets)) or not 0 < budgets[0] <= budgets[-1] <= 1:
         raise ValueError(f"budgets are {budgets}, not ascending within (0, 1]")
-    if [len(row) for row in thresholds] != [layers] * len(budgets):
-        raise ValueError(f"thresholds are not {len(budgets)} rows of {layers}")
-    return DialTable(budgets, thresholds)
+    for name, table in rows.items():
+        if (table or name == "thresholds") and [len(row) for row in table] != [layers] * len(budgets):
+            raise ValueError(f"{name} are not {len(budgets)} rows of {layers}")
+    return DialTable(budgets, **rows, unit=content["unit"])
 
 
 def _from_schema_1(old: dict[str, Any]) -> dict[str, Any]:
@@ -176,3 +219,11 @@ def _from_schema_1(old: dict[str, Any]) -> dict[str, Any]:
         dial = {"budgets": dial["budgets"], "thresholds": rows}
     new = {**old, "partition": {"edges": old["edges"]}, "router": {**old["router"], "kind": kind}, "dial": dial}
     return {name: new[name] for name in ("partition", "layers", "ffn", "router", "dial", "lineage", "frontier")}
+
+
+def _from_schema_2(old: dict[str, Any]) -> dict[str, Any]:
+    """Content of schema 2 as schema 3 says it: all values were exact, and budgets were shares of neurons."""
+    dial = old["dial"]
+    if dial is not None:
+        dial = {**dial, "exact": [], "unit": "neurons"}
+    return {**old, "dial": dial, "copy": None, "means": [], "itemsize": 4}

@@ -13,7 +13,6 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from transformers.utils import cached_file
 
 from dynaconv.dynamic.call import Call, checkpoint_contexts
 from dynaconv.dynamic.dial import Dial, DialLike, as_dial
+from dynaconv.dynamic.few_bits import FewBitCopy
 from dynaconv.dynamic.ffn import DynamicFFN
 from dynaconv.dynamic.generation import DialedGeneration, Surrounding
 from dynaconv.dynamic.layout import LAYOUT_FILE, OPERATING_POINT_FILE, ROUTER_FILE, Layout
@@ -90,10 +90,10 @@ class DynamicMixin(DialedGeneration):
                 return Full()
             if dial.width is not None:
                 return Uniform(dial.width)
-            return ByThreshold(held.fill(dial.thresholds(self.layout), self._device()))
+            return held.fill(dial, self.layout, self._device())
         if not dial:
             raise ValueError("one dial a sequence was asked for, and the list is empty")
-        return ByThreshold(held.fill([one.thresholds(self.layout) for one in dial], self._device()))
+        return held.fill(dial, self.layout, self._device())
 
     def _device(self) -> torch.device:
         """Where thresholds lie: with the model; the CPU where that is offloaded."""
@@ -146,7 +146,7 @@ class DynamicMixin(DialedGeneration):
             if given is not None:
                 policy.require(given.shape[0])
             if torch.is_grad_enabled():  # a recomputation needs these thresholds, whatever the dial is by then
-                return replace(policy, thresholds=policy.thresholds.clone())
+                return policy.clone()
         return policy
 
     def _set_gradient_checkpointing(
@@ -164,18 +164,18 @@ class DynamicMixin(DialedGeneration):
         super()._set_gradient_checkpointing(enable, carrying, **settings)  # type: ignore[misc]
 
     def router_state(self) -> dict[str, Tensor]:
-        """Router parameters as ``dynaconv.safetensors`` names them."""
+        """Routers, and means of neurons that are off, as ``dynaconv.safetensors`` names them."""
         return {
-            f"layers.{ffn.site.index}.router.{name}": value.detach()
+            f"layers.{ffn.site.index}.{name}": value.detach()
             for ffn in self.ffns()
-            for name, value in ffn.router.state_dict().items()
+            for name, value in ffn.own_state().items()
         }
 
     def dense_state(self) -> dict[str, Tensor]:
         """All other tensors, under the parent's names."""
         assert isinstance(self, nn.Module)
-        routers = {id(value) for ffn in self.ffns() for value in ffn.router.state_dict(keep_vars=True).values()}
-        return {name: value for name, value in self.state_dict(keep_vars=True).items() if id(value) not in routers}
+        own = {id(value) for ffn in self.ffns() for value in ffn.own_state().values()}
+        return {name: value for name, value in self.state_dict(keep_vars=True).items() if id(value) not in own}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Stock ``save_pretrained`` of the plain checkpoint, with routers and layout beside it."""
@@ -240,6 +240,9 @@ def attach(
             activation_name=activation_name,
             router=functools.partial(kind, partition=site.partition, layout=layout.router),
             call=call,
+            copy=None if layout.copy is None else FewBitCopy(layout.copy, layout.router.bits),
+            means=len(layout.means),
+            itemsize=layout.itemsize,
         )
         ffn.install(model)
     model.__class__ = dynamic_class(type(model))  # type: ignore[arg-type]
@@ -275,9 +278,9 @@ def load_routers(model: Any, routers: Mapping[str, Tensor]) -> None:
         raise ValueError(f"{ROUTER_FILE} does not fit {LAYOUT_FILE}: {', '.join(wrong)}")
     for ffn in model.ffns():
         ffn.router.float()
-        prefix = f"layers.{ffn.site.index}.router."
-        own = {name.removeprefix(prefix): value for name, value in routers.items() if name.startswith(prefix)}
-        ffn.router.load_state_dict(own)
+        for name, value in ffn.own_state().items():
+            value.data = value.data.float()
+            value.data.copy_(routers[f"layers.{ffn.site.index}.{name}"])
 
 
 def load(path: str | Path, **kwargs: Any) -> Any:
@@ -313,7 +316,8 @@ class DynaconvForCausalLM(PreTrainedModel):
         stock = getattr(transformers, config.architectures[0])
         loaded = stock.from_pretrained(source, *args, config=config, **kwargs)
         model, info = loaded if isinstance(loaded, tuple) else (loaded, None)
-        routers = load_file(_file(source, ROUTER_FILE, hub)) if layout.router.kind != "none" else None
+        stored = layout.router.kind != "none" or layout.means
+        routers = load_file(_file(source, ROUTER_FILE, hub)) if stored else None
         attach(model, layout, routers, stored_dial(folder))
         return model if info is None else (model, info)
 

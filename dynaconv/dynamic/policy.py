@@ -1,12 +1,12 @@
 """Which blocks of a site a token uses, by the dial. Ships with every exported model.
 
-B sequences, T tokens, D residual width, N blocks, L sites.
+B sequences, T tokens, D residual width, N blocks, L sites, G sets of means.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynaconv.dynamic.routers.base import Router
 from dynaconv.dynamic.site import Site
-from dynaconv.kernels.choice import Choice
+from dynaconv.kernels.choice import Choice, Subset
 
 
 class Decision(NamedTuple):
@@ -23,10 +23,13 @@ class Decision(NamedTuple):
     Attributes:
         choice: The blocks; ``None`` for all.
         scores: The router's scores, where the policy looked at them.
+        means: Weights of the site's G sets of means, which neurons give that are off: ``(G,)``, or ``(B, G)`` where
+            sequences differ; ``None`` where such neurons give nothing.
     """
 
     choice: Choice | None
     scores: Tensor | None = None
+    means: Tensor | None = None
 
 
 class Policy(Protocol):
@@ -87,10 +90,20 @@ class ByThreshold:
     Attributes:
         thresholds: (L,) one threshold a site, or (B, L) one a site and sequence; on the model's device.
         detached: Whether routers see the tokens without their gradient.
+        exact: Thresholds above which a block has exact values, of the same shape: blocks between the two have low-bit
+            ones. ``None``: all blocks that are on are exact.
+        means: See :class:`Decision`.
     """
 
     thresholds: Tensor
     detached: bool = False
+    exact: Tensor | None = None
+    means: Tensor | None = None
+
+    def clone(self) -> ByThreshold:
+        """The same with memory of its own."""
+        exact, means = (None if one is None else one.clone() for one in (self.exact, self.means))
+        return replace(self, thresholds=self.thresholds.clone(), exact=exact, means=means)
 
     def require(self, sequences: int) -> None:
         """Checks the number of dials against a batch of so many sequences.
@@ -109,18 +122,40 @@ class ByThreshold:
             ValueError: The number of dials does not divide the batch.
         """
         scores = router(x.detach() if self.detached else x)
-        return Decision(router.choose(scores.detach() if self.detached else scores, self.threshold(site, x)), scores)
+        compared = scores.detach() if self.detached else scores
+        choice = router.choose(compared, self.of_site(self.thresholds, site, x))
+        if self.exact is not None and isinstance(choice, Subset):
+            choice = replace(choice, exact=router.choose(compared, self.of_site(self.exact, site, x)).mask(site.blocks))
+        return Decision(choice, scores, self.means)
 
-    def threshold(self, site: Site, x: Tensor) -> Tensor:
-        """The threshold of each token of ``x`` (B, T, D), broadcastable to (B, T)."""
-        threshold = self.thresholds[..., site.index].to(x.device)
-        if threshold.dim():  # one dial a sequence; beams and returned sequences repeat each row in place
-            self.require(x.shape[0])
-            threshold = threshold.repeat_interleave(x.shape[0] // threshold.shape[0], dim=0)
-            threshold = threshold.view(-1, *(1,) * (x.dim() - 2))
-        return threshold
+    def of_site(self, thresholds: Tensor, site: Site, x: Tensor) -> Tensor:
+        """The threshold of each token of ``x`` (B, T, D) among ``thresholds``, broadcastable to (B, T)."""
+        threshold = thresholds[..., site.index].to(x.device)
+        return by_sequence(threshold, x) if threshold.dim() else threshold
 
 
-def at_one_threshold(threshold: float, sites: int, *, detached: bool = False) -> ByThreshold:
-    """The same threshold for all ``sites``."""
-    return ByThreshold(torch.full((sites,), threshold), detached)
+def by_sequence(values: Tensor, x: Tensor) -> Tensor:
+    """What each token of ``x`` (B, T, D) has of ``values`` (S, ...): (B, 1, ...), to be broadcast over tokens.
+
+    Raises:
+        ValueError: S does not divide the batch.
+    """
+    # Beams and returned sequences repeat each row in place.
+    if x.shape[0] % values.shape[0]:
+        found = f"{values.shape[0]} dials for a batch of {x.shape[0]} sequences"
+        raise ValueError(f"{found}: give one for each")
+    values = values.repeat_interleave(x.shape[0] // values.shape[0], dim=0)
+    return values.view(values.shape[0], *(1,) * (x.dim() - 2), *values.shape[1:])
+
+
+def at_one_threshold(
+    threshold: float,
+    sites: int,
+    *,
+    detached: bool = False,
+    exact: float | None = None,
+    means: Tensor | None = None,
+) -> ByThreshold:
+    """The same threshold for all ``sites``; the other arguments as of :class:`ByThreshold`."""
+    above = None if exact is None else torch.full((sites,), exact)
+    return ByThreshold(torch.full((sites,), threshold), detached, above, means)

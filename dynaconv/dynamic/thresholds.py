@@ -14,22 +14,41 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from dynaconv.dynamic.dial import Dial
+from dynaconv.dynamic.layout import Layout
+from dynaconv.dynamic.policy import ByThreshold
 from dynaconv.dynamic.routers.base import Router
 
 
 class Thresholds:
-    """The thresholds of a call: (L,), or (B, L) with one dial a sequence. Kept in place from call to call.
+    """What a dial puts into routers: thresholds (L,), or (B, L) with one dial a sequence. Kept in place between calls.
 
     A CUDA graph, and compiled code, read the same memory at every dial.
 
     Attributes:
-        values: float32, on the device of the model.
+        values: float32, on the device of the model: thresholds, then thresholds of exact values, then weights of the
+            sets of means, as far as there are any; (n,) or (B, n).
     """
 
     values: Tensor
 
-    def fill(self, rows: Sequence[float] | Sequence[Sequence[float]], device: torch.device) -> Tensor:
-        """Writes ``rows`` into :attr:`values`, which moves only where its shape or its device changes."""
+    def fill(self, dials: Dial | Sequence[Dial], layout: Layout, device: torch.device) -> ByThreshold:
+        """The policy of ``dials``, one for all sequences or one each, in :attr:`values`.
+
+        These move only where their shape or their device changes.
+
+        Raises:
+            ValueError: As :meth:`Dial.thresholds`.
+        """
+        each = [dials] if isinstance(dials, Dial) else dials
+        parts = [(dial.thresholds(layout), dial.exact(layout), dial.means(layout)) for dial in each]
+        rows = [sum(part, ()) for part in parts]
+        self._write(rows[0] if isinstance(dials, Dial) else rows, device)
+        sizes = [len(part) for part in parts[0]]
+        thresholds, exact, means = self.values.split(sizes, dim=-1)
+        return ByThreshold(thresholds, exact=exact if sizes[1] else None, means=means if sizes[2] else None)
+
+    def _write(self, rows: Sequence[float] | Sequence[Sequence[float]], device: torch.device) -> None:
         with torch.inference_mode(False):  # what is filled in inference mode may be filled again outside of it
             wanted = torch.tensor(rows, dtype=torch.float32)
             held = getattr(self, "values", None)
@@ -37,7 +56,6 @@ class Thresholds:
                 self.values = wanted.to(device)
             else:
                 held.copy_(wanted)
-        return self.values
 
 
 def solve_threshold(

@@ -29,9 +29,14 @@ class Backend(NamedTuple):
 
 
 def cpu_inference(ffn: BlockedFFN, x: Tensor) -> tuple[bool, str] | None:
-    """What a backend for inference on a CPU answers to arguments that are not that; ``None`` where they are."""
+    """What a backend for inference on a CPU answers to arguments that are not that; ``None`` where they are.
+
+    None of them reads low-bit values or adds the means of neurons that are off.
+    """
     if not x.is_cpu:
         return False, "tensors are not on the CPU"
     if ffn.records_gradient(x):
         return False, "gradients are recorded, and this backend is for inference"
+    if ffn.low is not None or ffn.mean is not None:
+        return False, "the network has low-bit values, or neurons that give their mean"
     return None

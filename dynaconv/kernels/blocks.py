@@ -26,10 +26,14 @@ class BlockedFFN:
     Attributes:
         weights: The network.
         partition: Its blocks.
+        low: The same network in few bits, for blocks that a :class:`Subset` does not want exact.
+        mean: What neurons give that are off, ``(F,)`` or ``(M, F)``; ``None``: nothing.
     """
 
     weights: FFNWeights
     partition: Partition
+    low: FFNWeights | None = None
+    mean: Tensor | None = None
 
     def neurons(self, x: Tensor, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Activations of neurons [start, stop), into ``out`` where given: ``(M, D)`` to ``(M, stop - start)``."""

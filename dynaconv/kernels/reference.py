@@ -15,40 +15,49 @@ from torch.nn.functional import linear
 
 from dynaconv.kernels.backend import Backend
 from dynaconv.kernels.blocks import BlockedFFN
-from dynaconv.kernels.choice import Choice, Soft
+from dynaconv.kernels.choice import Choice, Soft, Subset
 from dynaconv.kernels.partition import Partition
 from dynaconv.kernels.weights import FFNWeights
 
 
-def select(hidden: Tensor, choice: Choice, partition: Partition) -> Tensor:
+def select(hidden: Tensor, choice: Choice, partition: Partition, mean: Tensor | None = None) -> Tensor:
     """Activations with each neuron of an unused block off.
 
-    Differentiable in ``hidden``, and in the weights of ``Soft``. Hard choices replace by zero instead of
+    Differentiable in ``hidden`` and ``mean``, and in the weights of ``Soft``. Hard choices replace instead of
     multiplying: an infinity in an unused neuron does not reach the result.
 
     Args:
         hidden: ``(..., F)``.
-        choice: Over the same tokens.
+        choice: Over the same tokens. Blocks that it wants in low bits are taken to be used.
         partition: Of the F neurons.
+        mean: What neurons give that are off, ``(F,)`` or ``(..., F)``; ``None``: nothing.
 
     Returns:
         ``(..., F)``.
     """
     mask = choice.mask(partition.blocks)
-    if isinstance(choice, Soft):
-        # By block: backward keeps a weight a block, not one a neuron, and sums over its neurons.
-        weight, parts = mask.to(hidden.dtype)[..., None], []
-        for first, stop in partition.runs:
-            run = hidden[..., partition.edges[first] : partition.edges[stop]].unflatten(-1, (stop - first, -1))
-            parts.append((run * weight[..., first:stop, :]).flatten(-2))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-    return hidden.masked_fill(~partition.spread(mask), 0)
+    if not isinstance(choice, Soft):
+        off = ~partition.spread(mask)
+        return hidden.masked_fill(off, 0) if mean is None else torch.where(off, mean.to(hidden.dtype), hidden)
+    # By block: backward keeps a weight a block, not one a neuron, and sums over its neurons.
+    weight, parts = mask.to(hidden.dtype)[..., None], []
+    change = hidden if mean is None else hidden - mean.to(hidden.dtype)
+    for first, stop in partition.runs:
+        run = change[..., partition.edges[first] : partition.edges[stop]].unflatten(-1, (stop - first, -1))
+        parts.append((run * weight[..., first:stop, :]).flatten(-2))
+    kept = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return kept if mean is None else kept + mean.to(hidden.dtype)
 
 
 def blocked_ffn(ffn: BlockedFFN, x: Tensor, choice: Choice) -> Tensor:
     """The FFN of each token restricted to its own blocks: ``(M, D)`` to ``(M, D)``. Differentiable."""
-    hidden = select(hidden_neurons(x, ffn.weights), choice, ffn.partition)
-    return linear(hidden, ffn.weights.down, ffn.weights.down_bias)
+    hidden = select(hidden_neurons(x, ffn.weights), choice, ffn.partition, ffn.mean)
+    if not (isinstance(choice, Subset) and choice.exact is not None):
+        return linear(hidden, ffn.weights.down, ffn.weights.down_bias)
+    assert ffn.low is not None, "the choice wants low-bit values, and the network has none"
+    low = ffn.partition.spread(choice.on & ~choice.exact)
+    exact = linear(hidden.masked_fill(low, 0), ffn.weights.down, ffn.weights.down_bias)
+    return exact + linear(hidden_neurons(x, ffn.low).masked_fill(~low, 0), ffn.low.down)
 
 
 def hidden_neurons(x: Tensor, weights: FFNWeights) -> Tensor:

@@ -31,10 +31,10 @@ def profile_estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
     sizes, layers, tokens = checkpoint.sizes, checkpoint.layers, config.profile.tokens
     partition = ffn_partition(sizes["ffn"], config)
     widths = curve_widths(partition, config.experts)
-    curve_tokens = round(config.profile.curve_share * tokens)
+    curve_tokens = 0 if config.experts == "neurons" else round(config.profile.curve_share * tokens)
     states = WORD * sizes["residual"] * tokens
     batch = _batch_bytes(checkpoint, config.profile.batch_size * config.data.sequence_length)
-    at_once = batch if config.experts == "nested" else _routed_bytes(checkpoint, partition, batch)
+    at_once = _routed_bytes(checkpoint, partition, batch) if config.experts == "routed" else batch
     phases = {
         "embedding": embedding_bytes(checkpoint, tokens) + states,
         "layer": states + at_once + _layer_bytes(checkpoint, partition, curve_tokens),
@@ -50,7 +50,7 @@ def profile_estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
     if config.experts == "routed":
         flops += layers * _routed_flops(checkpoint, partition, curve_tokens)
     worst = max(phases, key=lambda phase: phases[phase])
-    disk = layout_bytes(tensor_layout(layers, sizes["residual"], partition, widths))
+    disk = layout_bytes(tensor_layout(layers, sizes["residual"], partition, widths, config.experts))
     states_note = f"hidden states of {tokens} tokens take {size_text(states)}"
     memory_note = f"most memory is needed for the {worst}; {states_note}"
     return Estimate(phases[worst], disk, flops, (partition_text(layers, partition), memory_note))
@@ -102,6 +102,8 @@ def _kept_bytes(config: RunConfig, checkpoint: Checkpoint) -> int:
 def _layer_bytes(checkpoint: Checkpoint, partition: Partition, curve_tokens: int) -> int:
     """One decoder layer, its FFN again in order, kept inputs, and the sums with a copy on its way to the disk."""
     residual = checkpoint.sizes["residual"]
+    if not curve_tokens:  # single neurons: no second pass
+        return WORD * (checkpoint.ffn_parameters + checkpoint.attention_parameters)
     weights = 2 * checkpoint.ffn_parameters + checkpoint.attention_parameters
     sums = (residual + 1) * (residual + 1 + partition.blocks)
     return WORD * (weights + curve_tokens * residual + 2 * sums)

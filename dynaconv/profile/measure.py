@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from dynaconv.arch.spec import FFNSpec
 from dynaconv.data.windows import Batch, scored_tokens
 from dynaconv.dynamic.projections import ffn_weights
+from dynaconv.dynamic.routers.sketch import SMALLEST
+from dynaconv.dynamic.score_histogram import ScoreHistogram
 from dynaconv.kernels.partition import Partition
 from dynaconv.kernels.reference import hidden_neurons
 from dynaconv.kernels.weights import FFNWeights
@@ -42,6 +44,8 @@ from dynaconv.ranks import Ranks
 
 ORDERS = ("importance", "none")
 ROWS = 1024  # tokens whose curves are measured at once
+LEVEL_SHARE = 0.3  # of the neurons: in the middle of what dials ask for
+LEVEL_EVERY = 8  # tokens, of which one is counted: a layer's level needs no more
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,27 @@ def capture_ffn(owner: nn.Module, spec: FFNSpec) -> AbstractContextManager[Captu
     return capture(inputs={"x": owner.get_submodule(spec.up), "hidden": owner.get_submodule(spec.down)})
 
 
+class Contributions:
+    """How much single neurons of a layer add: the level that a ``sketch`` router's scores are taken relative to.
+
+    Args:
+        sizes: Norms of the down columns, (F,) float32.
+    """
+
+    def __init__(self, sizes: Tensor) -> None:
+        self.sizes, self.scores = sizes, ScoreHistogram()
+
+    def add(self, active: Tensor, batch: Batch) -> None:
+        """Counts what neurons with activations ``active`` (M, F) add, of one token in :data:`LEVEL_EVERY`."""
+        self.scores.add((active[::LEVEL_EVERY].float().abs() * self.sizes).clamp_min(SMALLEST).log())
+
+    def level(self, ranks: Ranks | None = None) -> Tensor:
+        """The logarithm of what a neuron adds that stands at :data:`LEVEL_SHARE` from the top, () float32."""
+        if ranks is not None:
+            self.scores.counts = ranks.sum(self.scores.counts)
+        return torch.tensor(self.scores.quantile(LEVEL_SHARE), dtype=torch.float32)
+
+
 def measure_layer(
     stream: LayerStream,
     index: int,
@@ -124,13 +149,15 @@ def measure_layer(
         sample: Which tokens.
         order: ``importance`` or ``none``, of nested experts.
         partition: The blocks.
-        experts: ``nested``, or ``routed``, whose neurons are clustered and of which single blocks are measured.
+        experts: ``nested``; ``routed``, whose neurons are clustered and of which single blocks are measured; or
+            ``neurons``, which stay where they are, and of which only the layer's level is measured.
         weights: ``(curve tokens,)``, sensitivity of the loss to an error of each token in this layer, or ``None``.
         finished: Called after each batch.
         ranks: The processes that each measure some of the batches; alone by default.
 
     Returns:
-        ``activation``, ``importance`` (F,), ``order`` (F,) int64, ``curve_mean`` (W,), ``curve_quantiles`` (3, W),
+        ``activation``, ``importance`` (F,), ``order`` (F,) int64; of ``neurons``, ``level`` (); of others,
+        ``curve_mean`` (W,), ``curve_quantiles`` (3, W),
         of the W :func:`curve_widths`, ``feature_gram`` (D + 1, D + 1), ``feature_target`` (D + 1, N), float32, on the
         CPU.
     """
@@ -140,11 +167,16 @@ def measure_layer(
         stock = ffn_weights(ffn, spec.gate, spec.up, spec.down, stream.activation)
         sizes = torch.linalg.vector_norm(stock.down, dim=0, dtype=torch.float32)
         together = Coactivation(sizes, sample.windows(ranks)) if experts == "routed" else None
-        activation, kept = _run(stream, index, layer, hidden, sample, together, finished)
+        contributions = Contributions(sizes) if experts == "neurons" else None
+        activation, kept = _run(stream, index, layer, hidden, sample, together or contributions, finished)
         if ranks is not None:
             activation.gather(ranks)
         mean = activation.mean()
         importance = mean * sizes
+        if contributions is not None:
+            order_kept = torch.arange(len(mean))
+            measured = {"activation": mean, "importance": importance, "order": order_kept}
+            return {name: tensor.cpu() for name, tensor in measured.items()} | {"level": contributions.level(ranks)}
         if together is None:
             ranked = ranking(importance, order)
         else:
@@ -229,7 +261,7 @@ def _run(
     layer: nn.Module,
     hidden: list[Tensor],
     sample: Sample,
-    together: Coactivation | None,
+    together: Coactivation | Contributions | None,
     finished: Callable[[Batch], None],
 ) -> tuple[ActivationMean, list[Tensor]]:
     """Pass A: mean |activation|, and the FFN's input (M, D) at the curve tokens of each batch.
@@ -247,7 +279,7 @@ def _run(
             activation.add(active)
             if together is not None:
                 together.add(active, batch)
-            if bool(mask.any()):
+            if bool(mask.any()) and not isinstance(together, Contributions):
                 kept.append(x[mask.flatten().to(stream.device)])
             del x, active
             captured.clear()

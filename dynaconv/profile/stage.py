@@ -74,7 +74,7 @@ class ProfileStage(Stage):
             curve_tokens=whole.curve_tokens,
             layers=checkpoint.layers,
             partition=partition,
-            curve_widths=curve_widths(partition, config.experts),
+            curve_widths=() if config.experts == "neurons" else curve_widths(partition, config.experts),
             loss=loss,
             experts=config.experts,
             order=config.profile.order,
@@ -89,7 +89,7 @@ class ProfileStage(Stage):
             "tokens": whole.tokens,
             "loss": loss,
             "tokens_per_s": whole.tokens / (time.monotonic() - started),
-            "half_width_error": half,
+            **({} if half is None else {"half_width_error": half}),
             "curve_share": whole.curve_tokens / whole.tokens,
             "blocks": partition.blocks,
             "block_size": max(partition.sizes),
@@ -127,8 +127,11 @@ def _sensitivity(stream: LayerStream, sample: Sample, context: StageContext) -> 
 
 def _stream(
     stream: LayerStream, sample: Sample, partition: Partition, sensitivity: torch.Tensor | None, context: StageContext
-) -> tuple[float, float]:
-    """Measures and writes layer by layer; the parent's loss, and the mean error at half width over layers."""
+) -> tuple[float, float | None]:
+    """Measures and writes layer by layer; the parent's loss, and the mean error at half width over layers.
+
+    There are no widths, and no error, where experts are single neurons.
+    """
     import torch
 
     from dynaconv.data.windows import scored_tokens
@@ -137,8 +140,9 @@ def _stream(
     from dynaconv.profile.statistics import open_writer, tensor_layout
 
     layers, half = stream.checkpoint.layers, []
-    widths = curve_widths(partition, context.config.experts)
-    layout = tensor_layout(layers, stream.checkpoint.sizes["residual"], partition, widths)
+    widths = () if context.config.experts == "neurons" else curve_widths(partition, context.config.experts)
+    experts = context.config.experts
+    layout = tensor_layout(layers, stream.checkpoint.sizes["residual"], partition, widths, experts)
     steps, ranks = layers * len(sample.batches), context.ranks
     place = open_writer(context.folder, layout) if ranks.main else nullcontext(None)
     with place as writer, context.progress.task("profile", steps, "batches") as task:
@@ -152,7 +156,7 @@ def _stream(
                 sample,
                 order=context.config.profile.order,
                 partition=partition,
-                experts=context.config.experts,
+                experts=experts,
                 weights=None if sensitivity is None else sensitivity[index],
                 finished=lambda batch: task.advance(tokens=ranks.world * batch.tokens / layers),
                 ranks=ranks,
@@ -160,9 +164,10 @@ def _stream(
             if writer is not None:
                 for name, tensor in measured.items():
                     writer.write(f"layers.{index}.{name}", tensor)
-            half.append(float(measured["curve_mean"][len(widths) // 2]))
+            if "curve_mean" in measured:
+                half.append(float(measured["curve_mean"][len(widths) // 2]))
         scored = sum(int(scored_tokens(batch).sum()) for batch in sample.batches)
         own = torch.tensor(stream.loss(hidden, sample.batches), dtype=torch.float64)
         loss = ranks.mean(own, scored).item()
         task.advance(0, note=f"loss {loss:.3f}")
-    return loss, sum(half) / layers
+    return loss, sum(half) / len(half) if half else None

@@ -16,7 +16,7 @@ from dynaconv.artifacts.files import write_json
 from dynaconv.artifacts.writer import CheckpointWriter, TensorLayout
 from dynaconv.kernels.partition import Partition
 
-SCHEMA = 2  # 1 had edges, at most 65 of them, in place of a partition
+SCHEMA = 3  # 1 had edges, at most 65 of them, in place of a partition; 2 no single neurons
 SUMMARY_FILE = "statistics.json"
 PREFIX = "statistics"
 TENSOR_FILE = f"{PREFIX}.safetensors"
@@ -34,7 +34,7 @@ class Summary:
         partition: How each FFN is cut into blocks.
         curve_widths: Widths, in blocks, that difficulty curves were measured at.
         loss: The parent's, nats a token on the calibration text.
-        experts: ``nested`` or ``routed``.
+        experts: ``neurons``, ``routed`` or ``nested``.
         order: ``importance`` or ``none``; of routed experts neurons are ordered by cluster.
         loss_aware: Whether curves are weighted by the gradient of the loss.
         data: Digest of the calibration text.
@@ -65,24 +65,31 @@ class Summary:
         write_json(folder / SUMMARY_FILE, {"schema": SCHEMA, **content})
 
 
-def tensor_layout(layers: int, residual: int, partition: Partition, widths: Sequence[int]) -> list[TensorLayout]:
+def tensor_layout(
+    layers: int, residual: int, partition: Partition, widths: Sequence[int], experts: str
+) -> list[TensorLayout]:
     """Name, dtype and shape of every tensor: ``layers.{l}.<what>``, as :func:`measure_layer` returns them.
 
     ``activation`` is mean |h|, ``importance`` that times the norm of the neuron's down column, ``order`` the neurons
     as they are cut. ``curve_mean`` and ``curve_quantiles`` (.1, .5, .9) are of r_n at ``widths``. ``feature_gram`` is
     the sum over curve tokens of [x; 1][x; 1]^T with x the FFN's input, ``feature_target`` that of [x; 1] log t_n,
     n = 0..N-1, with t_n = r_n, or the norm of what block n adds where experts are routed, times the token's weight
-    where curves are loss-aware.
+    where curves are loss-aware. Where experts are single ``neurons`` there is ``level`` in place of curves: the
+    logarithm of what a neuron adds that stands at a certain share from the top.
     """
     neurons = partition.neurons
-    shapes = {
-        "activation": (torch.float32, (neurons,)),
-        "importance": (torch.float32, (neurons,)),
-        "order": (torch.int64, (neurons,)),
+    of_neurons = {"level": (torch.float32, ())}
+    of_blocks = {
         "curve_mean": (torch.float32, (len(widths),)),
         "curve_quantiles": (torch.float32, (3, len(widths))),
         "feature_gram": (torch.float32, (residual + 1, residual + 1)),
         "feature_target": (torch.float32, (residual + 1, partition.blocks)),
+    }
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "activation": (torch.float32, (neurons,)),
+        "importance": (torch.float32, (neurons,)),
+        "order": (torch.int64, (neurons,)),
+        **(of_neurons if experts == "neurons" else of_blocks),  # type: ignore[dict-item]
     }
     return [(f"layers.{i}.{name}", dtype, shape) for i in range(layers) for name, (dtype, shape) in shapes.items()]
 
