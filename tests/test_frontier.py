@@ -1,4 +1,4 @@
-"""One rule from quality to budget, never less than asked and nothing cheaper left; one from FLOPs, never more than asked.
+"""From quality to budget, never less than asked and nothing cheaper left; from FLOPs, never more than asked.
 
 A file is read as it was written, and so are those of earlier versions.
 """
