@@ -46,8 +46,13 @@ def even_blocks(neurons: int, blocks: int) -> Partition:
 
 def a_frontier(budgets: tuple[float, ...], qualities: tuple[float, ...]) -> Frontier:
     """A frontier whose other figures mean nothing."""
-    points = [OperatingPoint(b, b, 1.0, 1.0, 1.0, q, 1.0) for b, q in zip(budgets, qualities, strict=True)]
-    return Frontier(points[-1], tuple(points))
+    names = ("bytes_share", "flops_share", "active_share", "exact_share")
+    rest = dict.fromkeys(("flops_per_token", "bytes_per_token", "loss", "agreement"), 1.0)
+    points = tuple(
+        OperatingPoint(budget=budget, quality=quality, **dict.fromkeys(names, budget), **rest)
+        for budget, quality in zip(budgets, qualities, strict=True)
+    )
+    return Frontier(points[-1], points)
 
 
 def layout_of(folder: Path, kind: str = "width", *, blocks: int = 4, partition: Partition | None = None) -> Layout:

@@ -78,11 +78,14 @@ def _calibrated(folder: Path, frontier: Frontier, stored: Path | None, picture: 
 
 
 @contextmanager
-def frontier_errors() -> Iterator[None]:
+def frontier_errors(where: object | None = None) -> Iterator[None]:
     """Turns what a frontier refuses, which knows nothing of exit codes, into the errors of the command line.
 
+    Args:
+        where: What to name where the error names no file.
+
     Raises:
-        ConfigError: A budget or quality is out of its range.
+        ConfigError: A share or quality is out of its range.
         QualityError: None of the measured points reaches it.
         ArtifactError: The frontier is missing or damaged.
     """
@@ -91,7 +94,7 @@ def frontier_errors() -> Iterator[None]:
     except FrontierError as error:
         kind = {InvalidRequestError: ConfigError, UnreachableError: QualityError}.get(type(error), ArtifactError)
         raise kind(
-            error.what, where=error.where, expected=error.expected, found=error.found, hint=error.hint
+            error.what, where=error.where or where, expected=error.expected, found=error.found, hint=error.hint
         ) from error
 
 

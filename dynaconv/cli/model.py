@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dynaconv.cli.folders import check_weights, model_folder, read_layout, scored_folder
+from dynaconv.cli.folders import check_weights, frontier_errors, model_folder, read_layout, scored_folder
 from dynaconv.cli.output import print_json, print_note
 from dynaconv.cli.table import Column, print_table
-from dynaconv.errors import ArtifactError, CheckpointError, ConfigError, QualityError
+from dynaconv.errors import ArtifactError, CheckpointError, ConfigError
 from dynaconv.evaluation.perplexity import BATCH, TOKENS, evaluate_folder
 
 if TYPE_CHECKING:
@@ -24,7 +24,10 @@ Scored = Annotated[Path, typer.Argument(metavar="MODEL", help="A converted model
 DialOption = Annotated[
     str | None,
     typer.Option(
-        "--dial", metavar="D", help="Budget in (0, 1], or full. Left out: the stored point.", show_default=False
+        "--dial",
+        metavar="D",
+        help="Share of the parent's FFN bytes to read for a token, in (0, 1], or full. Left out: the stored point.",
+        show_default=False,
     ),
 ]
 
@@ -110,9 +113,9 @@ def chosen_dial(folder: Path, text: str | None) -> Dial | None:
     """The dial that ``--dial`` asks for; ``None`` leaves it to the point stored in the model.
 
     Raises:
-        ConfigError: It is no budget in (0, 1].
+        ConfigError: It is no share in (0, 1].
         ArtifactError: The model has no calibrated dial.
-        QualityError: It lies below the lowest calibrated budget.
+        QualityError: It lies below the lowest measured budget.
     """
     from dynaconv.dynamic.dial import Dial
 
@@ -125,13 +128,15 @@ def chosen_dial(folder: Path, text: str | None) -> Dial | None:
     except ValueError:
         budget = math.nan
     if not 0 < budget <= 1:
-        raise ConfigError(f"--dial is {text!r}", expected="a budget above 0 and at most 1, such as 0.5, or full")
-    dial, layout = Dial(budget=budget), read_layout(folder)
-    if layout.dial is None and not dial.is_full:
+        expected = "a share of the parent's FFN bytes, above 0 and at most 1, such as 0.5; or full"
+        raise ConfigError(f"--dial is {text!r}", expected=expected)
+    dial = Dial(budget=budget)
+    if dial.is_full:
+        return dial
+    layout = read_layout(folder)
+    if layout.dial is None or layout.frontier is None:
         hint = "dynaconv calibrate RUN, then dynaconv export RUN; or --dial full"
         raise ArtifactError("this model has no calibrated dial", where=folder, hint=hint)
-    try:
-        dial.thresholds(layout)
-    except ValueError as error:
-        raise QualityError(str(error), where=folder) from error
+    with frontier_errors(where=folder):
+        layout.frontier.at(budget)
     return dial

@@ -1,20 +1,19 @@
-"""What one token costs at a given active share: FLOPs of a forward pass, and bytes read at batch 1.
+"""What one token costs at given shares of the FFNs' cost: FLOPs of a forward pass, and bytes read at batch 1.
 
-Routers cost what they cost where they run: everywhere but at the full dial. L layers, N blocks, D residual width.
+Both shares are of the dense checkpoint's FFNs and count the routers, so that the parent and the full dial, where no
+router runs, have shares of exactly 1. L layers, D residual width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from dynaconv.arch.checkpoint import Checkpoint
-from dynaconv.dynamic.routers.base import Router
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Counts of a checkpoint, from which the cost at any share follows.
+    """Counts of a dense checkpoint, from which the cost at any share follows.
 
     Attributes:
         attention: Elements of all attention projections.
@@ -26,8 +25,6 @@ class CostModel:
         cache_width: Key and value heads times head_dim, times L.
         context: Tokens of context a token attends to.
         itemsize: Bytes of one weight.
-        router_flops: FLOPs of all routers, for one token.
-        router_bytes: Bytes that all routers read for one token.
     """
 
     attention: int
@@ -39,23 +36,19 @@ class CostModel:
     cache_width: int
     context: int
     itemsize: int
-    router_flops: int = 0
-    router_bytes: int = 0
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, *, context: int, routers: Iterable[Router] = ()) -> CostModel:
-        """Counts ``checkpoint``, and what each of ``routers`` says of itself.
+    def of(cls, checkpoint: Checkpoint, *, context: int) -> CostModel:
+        """Counts ``checkpoint``.
 
         Args:
             checkpoint: The dense checkpoint.
             context: Mean tokens of context.
-            routers: One a site; none for the parent.
         """
         sizes, layers = checkpoint.sizes, checkpoint.layers
         attention, ffn = layers * checkpoint.attention_parameters, layers * checkpoint.ffn_parameters
         counted = attention + ffn + checkpoint.embedding_parameters
         counted += 0 if checkpoint.tied else checkpoint.head_parameters
-        routers = list(routers)
         return cls(
             attention=attention,
             ffn=ffn,
@@ -66,20 +59,14 @@ class CostModel:
             cache_width=2 * layers * sizes.get("kv_head", sizes["q_head"]) * sizes["v_dim"],
             context=context,
             itemsize=checkpoint.dtype.itemsize,
-            router_flops=sum(router.flops_per_token for router in routers),
-            router_bytes=sum(router.bytes_per_token for router in routers),
         )
 
-    def without_routers(self) -> CostModel:
-        """The same checkpoint at the full dial, where no router runs."""
-        return replace(self, router_flops=0, router_bytes=0)
-
-    def flops_per_token(self, share: float) -> float:
+    def flops_per_token(self, ffn_flops_share: float) -> float:
         """FLOPs of one token's forward pass: two a weight, and attention over the context."""
-        weights = self.attention + share * self.ffn + self.head
-        return 2.0 * weights + 4.0 * self.attention_width * self.context + self.router_flops
+        weights = self.attention + ffn_flops_share * self.ffn + self.head
+        return 2.0 * weights + 4.0 * self.attention_width * self.context
 
-    def bytes_per_token(self, share: float) -> float:
-        """Bytes read for one token at batch 1: active weights, one embedding row, the KV cache, the routers."""
-        weights = self.attention + share * self.ffn + self.head + self.rest + self.residual
-        return float(self.itemsize * (weights + self.cache_width * self.context) + self.router_bytes)
+    def bytes_per_token(self, ffn_bytes_share: float) -> float:
+        """Bytes read for one token at batch 1: weights, one embedding row, the KV cache."""
+        weights = self.attention + ffn_bytes_share * self.ffn + self.head + self.rest + self.residual
+        return float(self.itemsize * (weights + self.cache_width * self.context))

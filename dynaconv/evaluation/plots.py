@@ -8,7 +8,7 @@ from typing import Any
 
 from dynaconv.frontier import Frontier
 
-PARENT_COLOR, DIAL_COLOR = "#c1121f", "#2a6f97"
+PARENT_COLOR, DIAL_COLOR, FLOPS_COLOR = "#c1121f", "#2a6f97", "#a9cbe0"
 LIGHTEST = 0.35
 """Where the ramp of budgets begins on matplotlib's ``Blues``, from 0 to 1; lighter ones vanish on white."""
 LABEL_HEIGHT = 0.055
@@ -16,7 +16,7 @@ LABEL_HEIGHT = 0.055
 
 
 def draw_frontier(frontier: Frontier, path: Path, *, name: str = "") -> None:
-    """Quality against FLOPs a token with the parent marked, and the mean number of active blocks of each layer.
+    """Quality against the share of FFN bytes and FLOPs with the parent marked, and the active blocks of each layer.
 
     Args:
         frontier: What was measured.
@@ -39,21 +39,25 @@ def draw_frontier(frontier: Frontier, path: Path, *, name: str = "") -> None:
 def _draw_quality(axes: Any, frontier: Frontier) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    cost = [point.flops_per_token / frontier.parent.flops_per_token for point in frontier.points]
-    axes.plot(
-        cost, [point.quality for point in frontier.points], "o-", color=DIAL_COLOR, label="dial, with its budgets"
-    )
-    axes.plot(1.0, 1.0, "*", color=PARENT_COLOR, markersize=14, label="dense parent")
+    points, in_bytes = frontier.points, frontier.unit == "bytes"
+    shares, qualities = [point.bytes_share for point in points], [point.quality for point in points]
+    read = "FFN bytes read" if in_bytes else "active neurons"
+    axes.plot(shares, qualities, "o-", color=DIAL_COLOR, zorder=3, label=f"{read}, with the budgets")
+    if in_bytes:
+        computed = [point.flops_share for point in points]
+        axes.plot(computed, qualities, ".-", color=FLOPS_COLOR, linewidth=1.2, label="FFN FLOPs computed")
+    axes.plot(1.0, 1.0, "*", color=PARENT_COLOR, markersize=14, zorder=4, label="dense parent")
     axes.axhline(1.0, color=PARENT_COLOR, linewidth=0.8, linestyle=":")
-    for number, (x, point) in enumerate(zip(cost, frontier.points, strict=True)):
-        # The full dial runs no routers, so it may cost less than the budget before it: out of the way of that one.
-        beside = (-6, 7) if number and x < cost[number - 1] else (6, -12)
-        axes.annotate(f"{point.budget:g}", (x, point.quality), textcoords="offset points", xytext=beside, fontsize=8)
-    axes.set(xlabel="FLOPs a token, share of the parent's", ylabel="quality: exp(parent loss - loss)")
+    for x, point in zip(shares, points, strict=True):
+        place = {"textcoords": "offset points", "xytext": (-6, 6), "ha": "right", "fontsize": 8}
+        axes.annotate(f"{point.budget:g}", (x, point.quality), **place)
+    included = "with" if in_bytes else "without"
+    axes.set(xlabel=f"share of the parent's FFNs, {included} routers", ylabel="quality: exp(parent loss - loss)")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_title("quality and cost at each budget (the active FFN share requested)", fontsize=9)
-    axes.legend(loc="upper left", frameon=False)
+    axes.set_title("quality and cost of a token at each budget", fontsize=9)
+    axes.legend(loc="best", frameon=False)
     axes.margins(0.1, 0.1)
+    axes.set(xlim=(0, None))
     axes.grid(alpha=0.25)
 
 

@@ -15,7 +15,8 @@ from dynaconv.dynamic.layout import FFNLayout, Layout
 from dynaconv.frontier import Frontier
 from dynaconv.kernels.partition import Partition
 
-POINT = {"budget", "active_share", "flops_per_token", "bytes_per_token", "loss", "quality", "agreement", "tokens_per_s"}
+OLD = {"budget", "active_share", "flops_per_token", "bytes_per_token", "loss", "quality", "agreement", "tokens_per_s"}
+POINT = OLD | {"bytes_share", "flops_share", "exact_share", "prompted_loss", "prompted_quality"}
 QUALITIES = {0.25: 0.7, 0.5: 0.9, 0.75: 0.97, 1.0: 0.995}
 
 
@@ -23,26 +24,43 @@ def row(budget: float, quality: float) -> dict[str, object]:
     cost = 1e6 * (1 + budget)
     return {
         "budget": budget,
-        "active_share": budget + 0.001,
+        "bytes_share": budget + 0.001,
+        "flops_share": 0.1 + 0.9 * budget,
+        "active_share": budget**2,
+        "exact_share": budget**3,
         "flops_per_token": cost,
         "bytes_per_token": cost,
         "loss": 2.5 - quality,
         "quality": quality,
         "agreement": 0.8,
+        "prompted_loss": 2.4 - quality,
+        "prompted_quality": quality + 0.003,
         "tokens_per_s": None,
     }
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
+PARENT = {"loss": 1.5, "prompted_loss": 1.4, "flops_per_token": 2e6, "bytes_per_token": 2e6, "tokens_per_s": None}
+
+
+def saved(folder: Path, frontier: dict[str, object]) -> Path:
     """A model folder as far as ``dial-k`` looks at one: its layout with a measured frontier."""
-    folder = tmp_path / "model"
     folder.mkdir()
-    parent = {"loss": 1.5, "flops_per_token": 2e6, "bytes_per_token": 2e6, "tokens_per_s": None}
-    frontier = {"parent": parent, "frontier": [row(*pair) for pair in QUALITIES.items()]}
     ffn = FFNLayout("model.layers.{layer}.mlp", "gate_proj", "up_proj", "down_proj", "hidden_act")
     Layout(Partition.equal(16, 8), layers=1, ffn=ffn, frontier=Frontier.from_json(frontier)).save(folder)
     return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    rows = [row(*pair) for pair in QUALITIES.items()]
+    return saved(tmp_path / "model", {"unit": "bytes", "router_bytes_share": 0.1, "parent": PARENT, "frontier": rows})
+
+
+@pytest.fixture
+def old_model(tmp_path: Path) -> Path:
+    """As versions wrote it that counted neurons only."""
+    rows = [{name: value for name, value in row(*pair).items() if name in OLD} for pair in QUALITIES.items()]
+    return saved(tmp_path / "old", {"parent": PARENT, "frontier": rows})
 
 
 def chosen(dynaconv: Callable, *arguments: object) -> dict[str, object]:
@@ -54,7 +72,8 @@ def chosen(dynaconv: Callable, *arguments: object) -> dict[str, object]:
 def test_a_real_run_has_the_promised_shape(dynaconv: Callable, converted: Path) -> None:
     ran = dynaconv("dial-k", converted, "--budget", 0.5, "--json")
     content = json.loads(ran.out)
-    assert set(content) == {"parent", "frontier", "operating_point"}
+    assert set(content) == {"unit", "router_bytes_share", "parent", "frontier", "operating_point"}
+    assert content["unit"] == "bytes"
     assert [point["budget"] for point in content["frontier"]] == [0.25, 0.5, 1.0]
     assert all(set(point) >= POINT for point in [*content["frontier"], content["operating_point"]])
     assert content["parent"]["loss"] > 0
@@ -70,8 +89,48 @@ def test_a_budget(dynaconv: Callable, model: Path) -> None:
     assert (between["budget"], between["dial"], between["between"]) == (0.6, 0.6, [0.5, 0.75])
     assert between["quality"] == pytest.approx(0.9 + 0.4 * 0.07)
     assert set(between) >= POINT and between["loss"] is None, "what was not measured is not made up"
+    assert between["flops_share"] == pytest.approx(0.64)
     told = dynaconv("dial-k", model, "--budget", 0.6).out
     assert "between two measured ones: 0.5 (quality 0.9000) and 0.75 (quality 0.9700)" in told
+    assert "reads 60.1% of the parent's FFN bytes and computes 64.0% of its FFN FLOPs, routers included" in told
+    assert chosen(dynaconv, model, "--bytes", 0.6) == between
+
+
+def test_a_point_is_told_in_words(dynaconv: Callable, model: Path) -> None:
+    *_, told = dynaconv("dial-k", model, "--bytes", 0.5).out.splitlines()
+    assert told == (
+        "Operating point: budget 0.5, quality 0.9000 (0.9030 after a prompt read at the full dial). On average a token "
+        "reads 50.1% of the parent's FFN bytes and computes 55.0% of its FFN FLOPs, routers included; 25.0% of the "
+        "neurons are active, 12.5% with exact values."
+    )
+
+
+def test_flops(dynaconv: Callable, model: Path) -> None:
+    assert chosen(dynaconv, model, "--flops", 0.55)["budget"] == 0.5
+    between = chosen(dynaconv, model, "--flops", 0.6625)
+    assert (between["budget"], between["between"]) == (pytest.approx(0.625), [0.5, 0.75])
+    assert between["flops_share"] == pytest.approx(0.6625)
+    assert chosen(dynaconv, model, "--flops", 1)["budget"] == 1.0
+
+
+def test_a_frontier_of_an_earlier_version_shows_its_unit(dynaconv: Callable, old_model: Path) -> None:
+    told = dynaconv("dial-k", old_model, "--budget", 0.5).out
+    assert "a budget is the share of the FFN's neurons that are active, routers not counted." in told
+    assert "On average 25.0% of the neurons are active." in told
+    assert "FFN bytes" not in told and "FFN FLOPs" not in told and "exact" not in told and "prompt" not in told
+    assert json.loads(dynaconv("dial-k", old_model, "--budget", 0.5, "--json").out)["unit"] == "neurons"
+
+
+def test_what_no_point_has_is_not_shown(dynaconv: Callable, model: Path) -> None:
+    layout = Layout.load(model)
+    assert layout.frontier is not None
+    points = tuple(
+        replace(point, exact_share=point.active_share, prompted_quality=None) for point in layout.frontier.points
+    )
+    replace(layout, frontier=replace(layout.frontier, points=points)).save(model)
+    told = dynaconv("dial-k", model, "--bytes", 0.5).out
+    assert "exact" not in told and "prompt" not in told
+    assert "25.0% of the neurons are active." in told
 
 
 def test_a_quality(dynaconv: Callable, model: Path) -> None:
@@ -112,26 +171,44 @@ def test_the_table_marks_the_point_beside_the_parent(dynaconv: Callable, model: 
     lines = dynaconv("dial-k", model, "--budget", 0.5).out.splitlines()
     (marked,) = [line.split() for line in lines if "→" in line]
     assert marked[:2] == ["→", "0.5"]
-    (parent,) = [line.split() for line in lines if "parent" in line]
-    assert parent == ["parent", "1.000", "2M", "2.0", "MB", "1.5000", "1.0000", "1.000", "-"]
+    (parent,) = [line.split() for line in lines if line.split()[:1] == ["parent"]]
+    shares, figures = ["1.000"] * 4, ["1.5000", "1.0000", "1.0000", "1.000"]
+    assert parent == ["parent", *shares, *figures, "2M", "2.0", "MB", "-"]
 
 
-@pytest.mark.parametrize("width", [80, 100, 120])
-def test_the_table_is_whole_on_a_terminal(on_terminal: Callable, model: Path, width: int) -> None:
-    lines = on_terminal(width, "dial-k", model, "--budget", 0.5)
-    assert max(map(len, lines)) <= width
+LEFT_OUT = {
+    130: "",
+    100: "FLOPs/token, bytes/token",
+    80: "loss, agreement, FLOPs/token, bytes/token",
+    60: "exact neurons, loss, prompted quality, agreement, FLOPs/token, bytes/token",
+}
+
+
+@pytest.mark.parametrize("width", LEFT_OUT)
+def test_the_table_fits_a_terminal_and_names_what_it_leaves_out(on_terminal: Callable, model: Path, width: int) -> None:
+    lines = on_terminal(width, "dial-k", model, "--bytes", 0.5)
+    table = lines[: next(number for number, line in enumerate(lines) if line.startswith("Operating point"))]
+    assert max(len(line) for line in table if "Left out" not in line) <= width
+    cells = {
+        "budget": "0.5",
+        "FFN bytes": "0.501",
+        "FFN FLOPs": "0.550",
+        "neurons": "0.250",
+        "exact neurons": "0.125",
+        "loss": "1.6000",
+        "quality": "0.9000",
+        "prompted quality": "0.9030",
+        "agreement": "0.800",
+        "FLOPs/token": "1.5M",
+        "bytes/token": "1.5 MB",
+        "tokens/s": "-",
+    }
+    left_out = LEFT_OUT[width].split(", ")
     (marked,) = [line.split() for line in lines if "→" in line]
-    assert marked == ["→", "0.5", "0.501", "1.5M", "1.5", "MB", "1.6000", "0.9000", "0.800", "-"]
-    (parent,) = [line.split() for line in lines if "parent" in line]
-    assert parent == ["parent", "1.000", "2M", "2.0", "MB", "1.5000", "1.0000", "1.000", "-"]
-    assert not any("Left out" in line for line in lines)
-
-
-def test_what_a_narrow_terminal_leaves_out_is_named(on_terminal: Callable, model: Path) -> None:
-    lines = on_terminal(60, "dial-k", model, "--budget", 0.5)
-    (marked,) = [line.split() for line in lines if "→" in line]
-    assert marked == ["→", "0.5", "0.501", "1.5M", "1.6000", "0.9000", "-"]
-    assert "Left out at 60 columns: bytes/token, agreement. A wider terminal or --json shows them." in lines
+    assert marked == ["→", *" ".join(cell for name, cell in cells.items() if name not in left_out).split()]
+    named = [line for line in lines if "Left out" in line]
+    assert bool(named) == bool(LEFT_OUT[width])
+    assert all(line.startswith(f"Left out at {width} columns: {LEFT_OUT[width]}. ") for line in named)
 
 
 def test_a_written_point_is_what_the_model_uses(dynaconv: Callable, converted: Path, tmp_path: Path) -> None:
@@ -158,9 +235,16 @@ def test_the_picture_is_named(dynaconv: Callable, converted: Path) -> None:
         (["--budget", "1.5"], 2, "outside (0, 1]"),
         (["--budget", "nan"], 2, "outside (0, 1]"),
         (["--quality", "-1"], 2, "not above 0"),
+        (["--bytes", "0"], 2, "outside (0, 1]"),
+        (["--flops", "0"], 2, "FLOPs share 0 is outside (0, 1]"),
+        (["--flops", "nan"], 2, "outside (0, 1]"),
         (["--budget", "0.5", "--quality", "0.9"], 2, "both given"),
-        (["--write"], 2, "--budget S or --quality Q"),
+        (["--bytes", "0.5", "--flops", "0.5"], 2, "--bytes and --flops are both given"),
+        (["--bytes", "0.5", "--flops", "0.5", "--quality", "0.9"], 2, "all given"),
+        (["--write"], 2, "--bytes S, --flops S or --quality Q"),
         (["--budget", "0.1"], 4, "nearest is 0.25"),
+        (["--bytes", "0.1"], 4, "0.25 or more: the routers alone, 0.1 of the parent's FFN bytes"),
+        (["--flops", "0.1"], 4, "the lowest is 0.3250, at budget 0.25"),
         (["--quality", "0.999"], 4, "nearest is 0.9950, at budget 1"),
     ],
 )

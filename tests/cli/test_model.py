@@ -55,7 +55,8 @@ def test_generate_at_a_low_dial(dynaconv: Callable, converted: Path) -> None:
         ("1.5", 2, "above 0 and at most 1"),
         ("half", 2, "above 0 and at most 1"),
         ("nan", 2, "above 0 and at most 1"),
-        ("0.01", 4, "lowest calibrated one, 0.25"),
+        ("0.01", 4, "budget 0.01 is below the lowest that was measured"),
+        ("0.01", 4, "0.25 or more"),
     ],
 )
 def test_a_dial_that_cannot_be_followed(dynaconv: Callable, converted: Path, dial: str, code: int, said: str) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,20 +108,17 @@ def test_oracle_knows_what_each_block_adds(tiny_checkpoint: Maker) -> None:
 
 def test_cost_counts_what_the_model_has(tiny_checkpoint: Maker) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint(tied=True))
-    router = SimpleNamespace(flops_per_token=200, bytes_per_token=400)
-    cost = CostModel.of(checkpoint, context=8, routers=[router])
+    cost = CostModel.of(checkpoint, context=8)
     stock = AutoModelForCausalLM.from_pretrained(checkpoint.folder)
     matrices = sum(p.numel() for p in stock.parameters() if p.dim() == 2)  # tied: the embedding is the head
     attention = 4 * checkpoint.layers * checkpoint.sizes["q_head"] * checkpoint.sizes["v_dim"] * 8
-    assert cost.flops_per_token(1.0) == 2 * (matrices + 100) + attention
+    assert cost.flops_per_token(1.0) == 2 * matrices + attention
     ffn = 3 * 64 * 96 * 2
     assert cost.flops_per_token(1.0) - cost.flops_per_token(0.5) == ffn
     assert cost.bytes_per_token(1.0) - cost.bytes_per_token(0.5) == 4 * ffn / 2
     everything = sum(p.numel() for p in stock.parameters())
     cache = 2 * 2 * 2 * 16 * 8
-    assert cost.bytes_per_token(1.0) == 4 * (everything + 64 + cache) + 400
-    dense = CostModel.of(checkpoint, context=8)
-    assert cost.without_routers() == dense != cost
+    assert cost.bytes_per_token(1.0) == 4 * (everything + 64 + cache)
 
 
 def test_folder_is_scored_with_its_record(tiny_checkpoint: Maker, tmp_path: Path, text_file: Path) -> None:
