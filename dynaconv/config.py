@@ -153,7 +153,10 @@ class SketchConfig:
     """Single neurons chosen by a few-bit copy of their weights (``experts: neurons``).
 
     Attributes:
-        bits: Bits of gate and up that are read for all neurons, to choose by: the high bit planes of the copy.
+        coarse_bits: Bits of gate and up that are read of all neurons, to choose by: the highest bit planes of the copy.
+        bits: Bits that neurons are looked at by which come within ``reach`` of being used by the first; the same number
+            for all of them to be looked at once.
+        reach: In nats: a neuron that gives exp(reach) times less than the least that is used is not looked at again.
         low_bits: Bits of the copy, in which neurons of middling weight have their values; from ``bits`` to 8.
         group: Adjacent weights of a neuron that share a scale and a minimum.
         values: ``mixed``: exact values for the most important neurons, low-bit ones for the next; or ``exact``: chosen
@@ -161,7 +164,9 @@ class SketchConfig:
         means: Neurons that are off give the mean of their activation where they are off, not nothing.
     """
 
+    coarse_bits: int = 2
     bits: int = 3
+    reach: float = 0.7
     low_bits: int = 4
     group: int = 32
     values: str = "mixed"

@@ -18,7 +18,7 @@ from dynaconv.errors import ConfigError, suggest
 from dynaconv.overrides import assign, parse
 from dynaconv.rules import problems
 
-DEFAULT = "routed"
+DEFAULT = "default"
 GROUPS = ("engine",)  # sections with ready settings in files of their own: engine=zero2, or in a recipe's defaults
 
 

@@ -100,7 +100,9 @@ ALLOWED: dict[str, Allowed] = {
     "hyperclone.variant": _one_of("noisy", "symmetric", "diagonal"),
     "hyperclone.snr_db": Allowed("a finite number of decibels", math.isfinite),
     "hyperclone.shard_bytes": _whole(1),
+    "sketch.coarse_bits": _whole(1, 8),
     "sketch.bits": _whole(1, 8),
+    "sketch.reach": _NOT_NEGATIVE,
     "sketch.low_bits": _whole(1, 8),
     "sketch.group": _whole(1),
     "sketch.values": _one_of("mixed", "exact"),
@@ -174,10 +176,11 @@ def problems(config: RunConfig) -> list[str]:
 
 def _block_problems(config: RunConfig) -> Iterator[str]:
     """A size where a number is meant, or the reverse; more bits read than there are."""
-    if config.sketch.bits > config.sketch.low_bits:
+    sketch = config.sketch
+    if not sketch.coarse_bits <= sketch.bits <= sketch.low_bits:
         yield (
-            f"sketch.bits is {config.sketch.bits}, more than the {config.sketch.low_bits} of sketch.low_bits, whose "
-            "high bits they are"
+            f"sketch.coarse_bits, sketch.bits and sketch.low_bits are {sketch.coarse_bits}, {sketch.bits} and "
+            f"{sketch.low_bits}; each must be at most the next, whose high bits they are"
         )
     if config.experts == "neurons" and config.blocks is not None:
         yield f"blocks is {config.blocks}, but experts is 'neurons', which are chosen one by one: leave blocks out"

@@ -100,7 +100,7 @@ def write_statistics(folder: Path, checkpoint: Checkpoint, blocks: int, seed: in
     partition = nested_partition(neurons, blocks)
     widths = tuple(range(blocks + 1))
     gram = CURVE_TOKENS * torch.eye(width + 1)
-    with open_writer(folder, tensor_layout(checkpoint.layers, width, partition, widths)) as writer:
+    with open_writer(folder, tensor_layout(checkpoint.layers, width, partition, widths, "nested")) as writer:
         for layer in range(checkpoint.layers):
             importance = torch.rand(neurons, generator=generator)
             curve = torch.linspace(1, 0, blocks + 1)

@@ -28,19 +28,19 @@ millions of scores are enough to solve on, and what a threshold spends is then m
 
 @dataclass(frozen=True)
 class Solved:
-    """A threshold and what it spends on the text it was solved on."""
+    """A threshold, and the share of the parent's FFN bytes that it spends on the text it was solved on."""
 
     threshold: float
     share: float
 
 
 class ScoreRecorder(Recorder):
-    """Keeps scores, and the sum of active shares, of tokens that are not padding.
+    """Keeps scores, and the sum of what is spent, of tokens that are not padding.
 
     Attributes:
         every: One token of so many has its scores kept.
         attention_mask: Of the batch under way, (B, T) bool, or ``None``.
-        spent: Sum of the active shares of all tokens and sites.
+        spent: Sum over tokens and sites of the share of the parent's FFN bytes that is read.
         count: Of how many.
     """
 
@@ -51,7 +51,7 @@ class ScoreRecorder(Recorder):
 
     def record(self, record: Record) -> None:
         """See :meth:`Recorder.record`."""
-        shares, scores = record.active_share().flatten(), record.scores
+        shares, scores = record.bytes_share().flatten(), record.scores
         assert scores is not None
         rows = scores.detach().flatten(0, record.x.dim() - 2)
         if self.attention_mask is not None:
@@ -77,18 +77,18 @@ def solve_budget(
     iterations: int = 8,
     ranks: Ranks | None = None,
 ) -> Solved:
-    """The threshold, shared by all sites, at which ``model`` spends ``budget`` of its FFNs on ``batches``.
+    """The threshold, shared by all sites, at which ``model`` spends ``budget`` on ``batches``.
 
     Args:
         model: A dynamic model with routers.
         batches: Calibration text.
-        budget: Active FFN share, in (0, 1).
+        budget: Share of the parent's FFN bytes, in (0, 1).
         tolerance: Largest difference accepted.
         start: Threshold to begin at, such as that of a neighbouring budget; the full dial's scores when ``None``.
         iterations: Forward passes over ``batches`` at most. The closest threshold seen is returned.
         ranks: The processes that each have some of the batches; alone by default.
     """
-    router, sites = model.ffns()[0].router, len(model.layout.sites)
+    router, cost, sites = model.ffns()[0].router, model.ffns()[0].cost.bytes, len(model.layout.sites)
     ask, best, threshold = budget, Solved(math.inf, math.inf), start
     for _ in range(iterations + (start is None)):
         policy = Full(scored=True) if threshold is None else at_one_threshold(threshold, sites)
@@ -101,7 +101,8 @@ def solve_budget(
                 break
             ask += 0.5 * (budget - share)  # what is left when the scores keep moving with the threshold
         scores = found.all_scores()
-        threshold = solve_threshold(router, scores, min(1.0, max(1e-3, ask)), mean=mean_over(ranks, len(scores[0])))
+        asked = min(1.0, max(1e-3, ask))
+        threshold = solve_threshold(router, scores, asked, cost, mean=mean_over(ranks, len(scores[0])))
     return best
 
 
@@ -125,7 +126,7 @@ def run_recorded(model: Any, batches: Sequence[Batch], policy: Policy) -> ScoreR
 
 
 def _spent_share(found: ScoreRecorder, ranks: Ranks | None) -> float:
-    """Mean active share over tokens that are not padding and sites, of all ranks."""
+    """Mean cost over tokens that are not padding and sites, of all ranks."""
     sums = torch.tensor([found.spent, found.count], dtype=torch.float64)
     spent, count = (sums if ranks is None else ranks.sum(sums)).tolist()
     return spent / count

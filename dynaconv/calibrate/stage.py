@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from dynaconv.artifacts.files import storage_errors
@@ -18,13 +19,14 @@ class CalibrateStage(Stage):
     consumes = ("parent", "dynamic")
     produces = "dials"
     distributed = True
-    sections = ("seed", "data", "calibrate")
+    sections = ("seed", "data", "sketch", "calibrate")
 
     def estimate(self, config: RunConfig, source: Dense, parent: Dense | None = None) -> Estimate:
         """Parent and dynamic model side by side, the logits of one batch, and the routers' scores."""
         from dynaconv.arch.blocks import ffn_partition
         from dynaconv.arch.checkpoint import Checkpoint
         from dynaconv.calibrate.solve import KEPT_SCORES
+        from dynaconv.calibrate.sweep import GRID
 
         checkpoint, dense = Checkpoint.open(source), Checkpoint.open(parent or source)
         settings = config.calibrate
@@ -32,44 +34,54 @@ class CalibrateStage(Stage):
         logits = 3 * 4 * batch * checkpoint.sizes["vocab"]
         features = ffn_partition(checkpoint.sizes["ffn"], config).blocks if config.experts == "routed" else 1
         scores = 2 * 4 * min(KEPT_SCORES, settings.tokens * checkpoint.layers * features)  # by batch, and put together
-        passes = 4 * len(settings.budgets) * settings.tokens + (len(settings.budgets) + 2) * settings.score_tokens
+        budgets = len(GRID if settings.budgets is None else settings.budgets)
+        passes = 4 * budgets * settings.tokens + 2 * (budgets + 2) * settings.score_tokens
         return Estimate(
             peak_bytes=checkpoint.reader.total_bytes + dense.reader.total_bytes + logits + scores,
             disk_bytes=200_000,
             flops=2.0 * checkpoint.parameters * passes,
-            notes=(f"{len({*settings.budgets, 1.0})} budgets",),
+            notes=(f"up to {budgets + 1} budgets",),
         )
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Writes ``dynaconv.json`` with the dial, ``frontier.json`` and ``frontier.png``."""
         from dynaconv.arch.checkpoint import Checkpoint
         from dynaconv.arch.stock import load_dense
-        from dynaconv.calibrate.sweep import measure, thresholds_for, uniform_table
+        from dynaconv.artifacts.tensors import write_tensors
+        from dynaconv.calibrate.sweep import grid, measure, neuron_table, thresholds_for, uniform_table
+        from dynaconv.dynamic.layout import ROUTER_FILE
         from dynaconv.dynamic.modeling import load
+        from dynaconv.dynamic.routers.kinds import KINDS
         from dynaconv.evaluation.cost import CostModel
         from dynaconv.evaluation.plots import draw_frontier
         from dynaconv.frontier import FRONTIER_FILE, PICTURE_FILE
+        from dynaconv.profile.gated import prepare_means
 
-        settings, data = context.config.calibrate, context.config.data
+        config, settings, data = context.config, context.config.calibrate, context.config.data
         ranks, device = context.ranks, context.ranks.device
         model = load(context.inputs["dynamic"]).to(device).eval()
         parent = load_dense(context.inputs["parent"], device)
         text = held_out(context, model.config).own(ranks)
-        middle, routers = data.sequence_length // 2, [ffn.router for ffn in model.ffns()]
-        costs = (
-            CostModel.of(Checkpoint.open(context.inputs["parent"]), context=middle),
-            CostModel.of(Checkpoint.open(context.inputs["dynamic"]), context=middle, routers=routers),
-        )
-        budgets = {*settings.budgets, 1.0}
-        with context.progress.task("calibrate", total=2 * len(budgets), unit="budgets") as task:
-            routed = model.layout.router.kind != "none"
-            solved = thresholds_for(model, text, settings, task, ranks) if routed else None
-            table = solved or uniform_table(model.layout, settings.budgets)
+        cost = CostModel.of(Checkpoint.open(context.inputs["parent"]), context=data.sequence_length // 2)
+        budgets, neurons = grid(model, settings), KINDS[model.layout.router.kind].experts == "neurons"
+        settings = replace(settings, budgets=budgets)
+        measured = neurons and config.sketch.means and not model.layout.means  # what fine-tuning has trained is kept
+        if neurons and config.sketch.means:
+            prepare_means(model, budgets)
+        with context.progress.task("calibrate", total=2 * len(budgets) + 1, unit="budgets") as task:
+            if neurons:
+                table = neuron_table(model, text, settings, task, ranks, measure_means=measured)
+            elif model.layout.router.kind != "none":
+                table = thresholds_for(model, text, settings, task, ranks)
+            else:
+                table = uniform_table(model.layout, budgets)
             model.layout = model.layout.with_dial(table, None)
-            frontier = measure(model, parent, text, costs, settings.speed_tokens, task, ranks)
+            frontier = measure(model, parent, text, cost, settings.speed_tokens, task, ranks)
         if ranks.main:
             with storage_errors(context.folder):
                 model.layout.with_dial(table, frontier).save(context.folder)
+                if model.layout.means:
+                    write_tensors(context.folder / ROUTER_FILE, model.router_state())
                 frontier.save(context.folder / FRONTIER_FILE)
             name = shown_name(context.config.source)
             draw_frontier(frontier, context.folder / PICTURE_FILE, name=name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor
@@ -16,15 +17,23 @@ from dynaconv.dynamic.dial import Dial
 from dynaconv.dynamic.layout import DialTable, Layout
 from dynaconv.dynamic.policy import Full
 from dynaconv.dynamic.thresholds import solve_threshold
+from dynaconv.errors import ConfigError
 from dynaconv.evaluation.cost import CostModel
 from dynaconv.evaluation.scoring import Score, most_likely, score
 from dynaconv.evaluation.speed import decoding, interleaved
 from dynaconv.frontier import Frontier, OperatingPoint
 from dynaconv.profile.calibration import own_rows
+from dynaconv.profile.gated import solve_neurons
 from dynaconv.progress import Task
 from dynaconv.ranks import Ranks
 
 SPEED_ROUNDS = 3
+GRID = (0.1, 0.125, 0.15, 0.175, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75)
+"""Budgets that are calibrated where the recipe names none, as far as the routers leave room for ..."""
+FEWEST_NEURONS = 1 / 32
+"""... this share of the neurons one by one, ..."""
+FEWEST_BLOCKS = 0.2
+"""... or this one in blocks."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +61,60 @@ def thresholds_for(
     Thresholds are shared by the sites: the routers' own scores say which layer deserves more. With ``ranks``, ``text``
     is this one's.
     """
-    budgets, sites = sorted({*config.budgets, 1.0}), len(model.layout.sites)
+    budgets, sites = sorted({*(config.budgets or []), 1.0}), len(model.layout.sites)
     found: list[float] = []
     for budget in budgets[:-1]:
         start = found[-1] if found else None
         solved = solve_budget(model, text.solve, budget, tolerance=config.tolerance, start=start, ranks=ranks)
         found.append(min(solved.threshold, found[-1] if found else math.inf))
-        task.advance(note=f"budget {budget:g} spends {solved.share:.3f}")
-        if abs(solved.share - budget) > max(0.02, config.tolerance):
-            task.progress.say(f"calibrate: budget {budget:g} cannot be met; the nearest spends {solved.share:.3f}")
+        _report(task, config, budget, solved.share)
     lowest = _threshold_of_everything(model, text.solve, ranks)
     found.append(min(lowest, found[-1]) if found else lowest)
     return DialTable(tuple(budgets), tuple((threshold,) * sites for threshold in found))
+
+
+def neuron_table(
+    model: Any, text: Text, config: CalibrateConfig, task: Task, ranks: Ranks | None = None, *, measure_means: bool
+) -> DialTable:
+    """The dial table of ``model``, whose experts are single neurons; see :func:`solve_neurons`."""
+    return solve_neurons(
+        model,
+        text.solve,
+        config.budgets or [],
+        measure_means=measure_means,
+        tolerance=config.tolerance,
+        solved=partial(_report, task, config),
+        ranks=ranks,
+    )
+
+
+def _report(task: Task, config: CalibrateConfig, budget: float, spent: float) -> None:
+    task.advance(note=f"budget {budget:g} spends {spent:.3f}")
+    if abs(spent - budget) > max(0.02, config.tolerance):
+        task.progress.say(f"calibrate: budget {budget:g} cannot be met; the nearest spends {spent:.3f}")
+
+
+def grid(model: Any, config: CalibrateConfig) -> list[float]:
+    """The budgets that ``config`` asks for, or those of :data:`GRID` that ``model`` can spend.
+
+    Raises:
+        ConfigError: A budget is below what the routers read for every token.
+    """
+    ffn = model.ffns()[0]
+    cost, neurons = ffn.cost.bytes, ffn.router.experts == "neurons"
+    if config.budgets is None:
+        share = FEWEST_NEURONS if neurons else FEWEST_BLOCKS
+        lowest = cost.of(share, 0.0 if cost.low else share, share)
+        return [budget for budget in GRID if budget >= lowest]
+    asked = [budget for budget in config.budgets if budget < 1]
+    if asked and asked[0] <= cost.fixed:
+        raise ConfigError(
+            f"calibrate.budgets begins at {asked[0]:g}, but the routers alone read {cost.fixed:.3f} of the bytes of "
+            "the FFNs",
+            expected=f"budgets above {cost.fixed:.3f}",
+            hint="leave calibrate.budgets out (null) for a grid that fits",
+        )
+    return asked
 
 
 def uniform_table(layout: Layout, budgets: Sequence[float]) -> DialTable:
@@ -83,49 +134,60 @@ def measure(
     model: Any,
     parent: Any,
     text: Text,
-    costs: tuple[CostModel, CostModel],
+    cost: CostModel,
     speed_tokens: int,
     task: Task,
     ranks: Ranks | None = None,
 ) -> Frontier:
-    """The frontier: the parent, and loss, agreement, share and cost at every budget of the model's table.
+    """The frontier: the parent, and loss, agreement and costs at every budget of the model's table.
 
     Args:
         model: A dynamic model with its dial table.
         parent: The dense checkpoint it came from.
         text: Scored on ``text.score``.
-        costs: Cost models of the parent and of the dynamic model. Routers count except at the full dial, where none
-            runs.
+        cost: Cost model of the parent.
         speed_tokens: Tokens generated for tokens/s, 0 for none.
         task: Advanced once a budget.
         ranks: The processes that each have some of ``text``, of which rank 0 measures speed; alone by default.
     """
     dense = score(parent, text.score, ranks=ranks)
+    prompted = score(parent, text.score, ranks=ranks, prompted=True).loss
     wanted = most_likely(parent, text.score)
-    scores: dict[float, Score] = {}
+    found: list[tuple[float, Score, float]] = []
     for budget in model.layout.dial.budgets:
-        scores[budget] = score(model, text.score, model.policy(Dial(budget=budget)), parent=wanted, ranks=ranks)
-        task.advance(note=f"budget {budget:g} loss {scores[budget].loss:.3f}")
+        policy = model.policy(Dial(budget=budget))
+        got = score(model, text.score, policy, parent=wanted, ranks=ranks)
+        after = score(model, text.score, policy, ranks=ranks, prompted=True).loss
+        found.append((budget, got, after))
+        task.advance(note=f"budget {budget:g} loss {got.loss:.3f}")
     measured = speed_tokens if ranks is None or ranks.main else 0
     speeds = _speeds(model, parent, text.score[0].input_ids[:1, :16], measured)
+    of_parent = _point(1.0, replace(dense, agreement=1.0, widths=()), prompted, dense, prompted, cost)
+    points = [_point(budget, got, after, dense, prompted, cost) for budget, got, after in found]
     return Frontier(
-        parent=_point(1.0, replace(dense, agreement=1.0, widths=()), dense, costs[0], speeds.get("parent")),
-        points=tuple(_point(budget, got, dense, costs[1], speeds.get(str(budget))) for budget, got in scores.items()),
+        parent=replace(of_parent, tokens_per_s=speeds.get("parent")),
+        points=tuple(replace(point, tokens_per_s=speeds.get(str(point.budget))) for point in points),
         scored_tokens=dense.tokens,
+        router_bytes_share=model.ffns()[0].cost.bytes.fixed,
     )
 
 
-def _point(budget: float, got: Score, dense: Score, cost: CostModel, speed: float | None) -> OperatingPoint:
-    cost = cost.without_routers() if Dial(budget=budget).is_full else cost
+def _point(
+    budget: float, got: Score, after_prompt: float, dense: Score, dense_after_prompt: float, cost: CostModel
+) -> OperatingPoint:
     return OperatingPoint(
         budget=budget,
+        bytes_share=got.bytes_share,
+        flops_share=got.flops_share,
         active_share=got.active_share,
-        flops_per_token=cost.flops_per_token(got.active_share),
-        bytes_per_token=cost.bytes_per_token(got.active_share),
+        exact_share=got.exact_share,
+        flops_per_token=cost.flops_per_token(got.flops_share),
+        bytes_per_token=cost.bytes_per_token(got.bytes_share),
         loss=got.loss,
         quality=math.exp(dense.loss - got.loss),
         agreement=cast(float, got.agreement),
-        tokens_per_s=speed,
+        prompted_loss=after_prompt,
+        prompted_quality=math.exp(dense_after_prompt - after_prompt),
         width_by_layer=got.widths,
     )
 

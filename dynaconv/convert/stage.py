@@ -91,7 +91,8 @@ def _router_layout(config: RunConfig) -> tuple[RouterLayout, CopyLayout | None]:
         sketch = config.sketch
         mixed = sketch.values == "mixed"
         bits = sketch.low_bits if mixed else sketch.bits
-        return RouterLayout("sketch", bits=sketch.bits), CopyLayout(bits, sketch.group, values=mixed)
+        router = RouterLayout("sketch", bits=sketch.bits, coarse=sketch.coarse_bits, reach=sketch.reach)
+        return router, CopyLayout(bits, sketch.group, values=mixed)
     kind = next(kind for kind in KINDS.values() if kind.closed_form and kind.experts == config.experts)
     return RouterLayout(kind=kind.kind, linear=True, bound=kind.default_bound), None
 

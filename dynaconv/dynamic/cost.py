@@ -6,9 +6,11 @@ weights of a trained router), the means of neurons that are off. D residual widt
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
+
+_T = TypeVar("_T", Tensor, float)
 
 
 class UnitCost(NamedTuple):
@@ -18,15 +20,21 @@ class UnitCost(NamedTuple):
         fixed: Of every token below the full dial: the router, and what all neurons that are off add up to.
         exact: Of all neurons with exact values, on top.
         low: Of all neurons with low-bit values, on top.
+        closer: Of the router's second look at all neurons, on top of ``fixed``.
     """
 
     fixed: float
     exact: float
     low: float = 0.0
+    closer: float = 0.0
 
-    def of(self, active: Tensor, exact: Tensor) -> Tensor:
-        """Cost of tokens with these shares of active neurons, and of exact ones among them, (...) both."""
-        return self.fixed + self.exact * exact + self.low * (active - exact)
+    def of(self, active: _T, exact: _T, closer: _T) -> _T:
+        """Cost of tokens with these shares of neurons that are active, exact, and looked at twice, (...) each."""
+        return self.fixed + self.exact * exact + self.low * (active - exact) + self.closer * closer
+
+
+NEURONS = UnitCost(0.0, 1.0)
+"""The share of neurons, routers not counted."""
 
 
 class FFNCost(NamedTuple):
@@ -73,6 +81,7 @@ def ffn_cost(
     shape: FFNShape,
     *,
     router: tuple[float, float],
+    closer: tuple[float, float] = (0.0, 0.0),
     low: tuple[float, float] = (0.0, 0.0),
     means: bool = False,
 ) -> FFNCost:
@@ -81,6 +90,7 @@ def ffn_cost(
     Args:
         shape: The parent's FFN.
         router: Bytes and FLOPs of the router, for one token.
+        closer: Bytes and FLOPs of the router's second look at one neuron.
         low: Bytes and FLOPs of one neuron with low-bit values, beside what the router has read of it.
         means: Whether neurons that are off give their mean: then the sum of all means is read (D elements), and the
             mean of each active neuron, which is taken back.
@@ -92,6 +102,12 @@ def ffn_cost(
             fixed / shape.bytes,
             1.0 + one * shape.neurons / shape.bytes,
             (low[0] + one) * shape.neurons / shape.bytes,
+            closer[0] * shape.neurons / shape.bytes,
         ),
-        flops=UnitCost(router[1] / shape.flops, 1.0, low[1] * shape.neurons / shape.flops),
+        flops=UnitCost(
+            router[1] / shape.flops,
+            1.0,
+            low[1] * shape.neurons / shape.flops,
+            closer[1] * shape.neurons / shape.flops,
+        ),
     )

@@ -26,23 +26,29 @@ class FewBitCopy:
     Args:
         layout: How it is made.
         bits: Planes that the router reads, at most those of the layout.
+        coarse: Those that it reads of all neurons, at most ``bits``.
 
     Attributes:
-        sketch: What the router reads of gate and up, (F, D) each; no gate where the FFN has none.
+        sketches: What the router reads of gate and up, (F, D) each, in few planes and, where these are not all that it
+            reads, in all; no gate where the FFN has none.
         norms: Of the columns of down, (F,) float32.
         low: Low-bit values; ``None`` where tokens do not use them.
     """
 
-    sketch: tuple[Tensor | None, Tensor]
+    sketches: list[tuple[Tensor | None, Tensor]]
     norms: Tensor
 
-    def __init__(self, layout: CopyLayout, bits: int) -> None:
-        self.layout, self.bits = layout, bits
+    def __init__(self, layout: CopyLayout, bits: int, coarse: int) -> None:
+        self.layout, self.bits, self.coarse = layout, bits, coarse
         self._made_from: tuple[Any, ...] | None = None
         self.low: FFNWeights | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layout": self.layout, "bits": self.bits}  # made again from the weights it will be used with
+        return {
+            "layout": self.layout,
+            "bits": self.bits,
+            "coarse": self.coarse,
+        }  # made again from the weights it will be used with
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -56,7 +62,10 @@ class FewBitCopy:
         dtype, gate, up = weights.up.dtype, None, Codes.of(weights.up.detach(), self.layout.bits, self.layout.group)
         if weights.gate is not None:
             gate = Codes.of(weights.gate.detach(), self.layout.bits, self.layout.group)
-        self.sketch = (None if gate is None else gate.values(self.bits, dtype), up.values(self.bits, dtype))
+        self.sketches = [
+            (None if gate is None else gate.values(read, dtype), up.values(read, dtype))
+            for read in sorted({self.coarse, self.bits})
+        ]
         self.norms = torch.linalg.vector_norm(weights.down, dim=0, dtype=torch.float32)
         if self.layout.values:
             down = Codes.of(weights.down.detach().t(), self.layout.bits, self.layout.group)
@@ -79,10 +88,16 @@ class FewBitCopy:
         )
 
     def sketch_cost(self, shape: FFNShape) -> tuple[float, float]:
-        """Bytes and FLOPs of reading the router's planes of all neurons, and the norm of each, for one token."""
-        row = bytes_a_row(shape.residual, self.bits, self.layout.group)
+        """Bytes and FLOPs of the router's first look at all neurons, for one token; 2 bytes for the norm of each."""
+        row = bytes_a_row(shape.residual, self.coarse, self.layout.group)
         rows = shape.inputs * shape.neurons
         return rows * row + 2 * shape.neurons, 2.0 * rows * shape.residual
+
+    def closer_cost(self, shape: FFNShape) -> tuple[float, float]:
+        """Bytes and FLOPs of the router's second look at one neuron."""
+        further = self.bits - self.coarse
+        row = bytes_a_row(shape.residual, further, self.layout.group, further=True)
+        return shape.inputs * row, 2.0 * shape.inputs * shape.residual if further else 0.0
 
     def low_cost(self, shape: FFNShape) -> tuple[float, float]:
         """Bytes and FLOPs of one neuron with low-bit values, beside what the router has read of it."""

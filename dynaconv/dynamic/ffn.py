@@ -204,11 +204,11 @@ class DynamicFFN(nn.Module):
         inputs = 1 if weights.gate is None else 2
         shape = FFNShape(self.residual, self.site.partition.neurons, inputs, self.itemsize, biases)
         router: tuple[float, float] = self.router.bytes_per_token, self.router.flops_per_token
-        low = (0.0, 0.0)
+        closer = low = (0.0, 0.0)
         if self.copy is not None:
             low = self.copy.low_cost(shape) if self.copy.layout.values else low
-            router = self.copy.sketch_cost(shape)
-        return ffn_cost(shape, router=router, low=low, means=self.means is not None)
+            router, closer = self.copy.sketch_cost(shape), self.copy.closer_cost(shape)
+        return ffn_cost(shape, router=router, closer=closer, low=low, means=self.means is not None)
 
     def own_state(self) -> dict[str, Tensor]:
         """Tensors that the stock FFN does not have, by name: the router's, and the means."""

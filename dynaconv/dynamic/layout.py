@@ -51,6 +51,9 @@ class RouterLayout:
         rank: Hidden width of the Linear-SiLU-Linear branch; 0 where there is none.
         bound: Largest score of a kind whose scores are bounded.
         bits: Bit planes of the weights' few-bit copy that a ``sketch`` reads; 0 for other kinds.
+        coarse: Those that it reads of all neurons; the others it reads of neurons only that come within ``reach`` nats
+            of the threshold by the first.
+        reach: See ``coarse``.
     """
 
     kind: str = "none"
@@ -58,6 +61,8 @@ class RouterLayout:
     rank: int = 0
     bound: float = 2.0
     bits: int = 0
+    coarse: int = 0
+    reach: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -183,8 +188,8 @@ def _read(content: dict[str, Any]) -> Layout:
         copy = CopyLayout(**copy)
         if not (1 <= copy.bits <= 8 and copy.group >= 1):
             raise ValueError(f"the few-bit copy has {copy.bits} bits in groups of {copy.group}")
-    if router.kind == "sketch" and not (copy and 1 <= router.bits <= copy.bits):
-        raise ValueError(f"the sketch reads {router.bits} bits of a copy of {copy.bits if copy else 0}")
+    if router.kind == "sketch" and not (copy and 1 <= router.coarse <= router.bits <= copy.bits):
+        raise ValueError(f"the sketch reads {router.coarse}, then {router.bits} of {copy.bits if copy else 0} bits")
     return Layout(
         partition=Partition.from_json(content["partition"]),
         layers=layers,

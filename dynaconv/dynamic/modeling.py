@@ -240,7 +240,7 @@ def attach(
             activation_name=activation_name,
             router=functools.partial(kind, partition=site.partition, layout=layout.router),
             call=call,
-            copy=None if layout.copy is None else FewBitCopy(layout.copy, layout.router.bits),
+            copy=None if layout.copy is None else FewBitCopy(layout.copy, layout.router.bits, layout.router.coarse),
             means=len(layout.means),
             itemsize=layout.itemsize,
         )

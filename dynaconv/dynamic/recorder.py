@@ -6,13 +6,14 @@ Ships with every exported model. B sequences, T tokens, D residual width, F FFN 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from dynaconv.dynamic.cost import FFNCost
 from dynaconv.dynamic.site import Site
-from dynaconv.kernels.choice import Choice
+from dynaconv.kernels.choice import Choice, Subset
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,26 +44,26 @@ class Record:
 
     def active_share(self) -> Tensor:
         """Share of the neurons that each token uses, (B, T) float64."""
-        return self._ones() if self.choice is None else self.choice.active_share(self.site.partition)
-
-    def exact_share(self) -> Tensor:
-        """Share of the neurons that each token uses with exact values, (B, T) float64."""
-        return self._ones() if self.choice is None else self.choice.exact_share(self.site.partition)
+        return self.shares[0]
 
     def bytes_share(self) -> Tensor:
         """Bytes read for each token as a share of the parent's FFN, the router counted, (B, T) float64."""
-        if self.choice is None:
-            return self._ones()
-        return self.cost.bytes.of(self.active_share(), self.exact_share())
+        return self.shares[2]
 
-    def flops_share(self) -> Tensor:
-        """FLOPs of each token as a share of the parent's FFN, the router counted, (B, T) float64."""
-        if self.choice is None:
-            return self._ones()
-        return self.cost.flops.of(self.active_share(), self.exact_share())
+    @cached_property
+    def shares(self) -> Tensor:
+        """Of each token: active neurons, exact ones, bytes and FLOPs of the parent's FFN, (4, B, T) float64.
 
-    def _ones(self) -> Tensor:
-        return torch.ones(self.x.shape[:-1], dtype=torch.float64, device=self.x.device)
+        Bytes and FLOPs count the router.
+        """
+        if self.choice is None:
+            return torch.ones(4, *self.x.shape[:-1], dtype=torch.float64, device=self.x.device)
+        partition = self.site.partition
+        active = self.choice.active_share(partition)
+        exact, closer = active, torch.zeros_like(active)
+        if isinstance(self.choice, Subset):
+            exact, closer = self.choice.exact_share(partition), self.choice.closer_share(partition)
+        return torch.stack([active, exact, *(unit.of(active, exact, closer) for unit in self.cost)])
 
 
 class Recorder:
@@ -71,9 +72,7 @@ class Recorder:
     Attributes:
         wants_hidden: Whether all activations are to be computed, and records to carry them.
         widths: By site, for each forward pass, (B, T) int64.
-        shares: Active share by site, for each forward pass, (B, T) float64.
-        costs: By site, for each forward pass, the shares of neurons with exact values, of bytes and of FLOPs, (3, B, T)
-            float64.
+        shares: By site, for each forward pass, (4, B, T) float64; see :attr:`Record.shares`.
         scores: By site, for each forward pass in which the policy looked at them.
     """
 
@@ -82,16 +81,13 @@ class Recorder:
     def __init__(self) -> None:
         self.widths: dict[int, list[Tensor]] = {}
         self.shares: dict[int, list[Tensor]] = {}
-        self.costs: dict[int, list[Tensor]] = {}
         self.scores: dict[int, list[Tensor]] = {}
 
     def record(self, record: Record) -> None:
         """Called by each site of each forward pass."""
         index = record.site.index
         self.widths.setdefault(index, []).append(record.widths().detach())
-        self.shares.setdefault(index, []).append(record.active_share())
-        costs = torch.stack([record.exact_share(), record.bytes_share(), record.flops_share()])
-        self.costs.setdefault(index, []).append(costs)
+        self.shares.setdefault(index, []).append(record.shares)
         if record.scores is not None:
             self.scores.setdefault(index, []).append(record.scores.detach())
 
@@ -105,11 +101,11 @@ class Recorder:
 
     def all_shares(self) -> Tensor:
         """Every active share recorded, (L, tokens) float64, sites in order."""
-        return _stacked(self.shares)
+        return self.all_costs()[0]
 
     def all_costs(self) -> Tensor:
-        """Every cost recorded, (3, L, tokens) float64 (see :attr:`costs`), sites in order."""
-        joined = [torch.cat([one.flatten(1) for one in self.costs[index]], 1) for index in sorted(self.costs)]
+        """All shares recorded (see :attr:`Record.shares`), (4, L, tokens) float64, sites in order."""
+        joined = [torch.cat([one.flatten(1) for one in self.shares[index]], 1) for index in sorted(self.shares)]
         return torch.stack(joined, dim=1)
 
 

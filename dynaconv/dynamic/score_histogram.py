@@ -6,7 +6,6 @@ kilobytes whatever the text. Counts add up over batches and processes. Ships wit
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -57,7 +56,25 @@ class ScoreHistogram:
         """The threshold above which ``share`` of the scores lie."""
         return _bisect(lambda threshold: self.above(threshold) >= share)
 
-    def threshold(self, budget: float, cost: UnitCost, margin: float = math.inf) -> float:
+
+class NeuronScores:
+    """How the scores of single neurons are distributed: what is compared, and what decides on a second look.
+
+    Attributes:
+        compared: See :meth:`SketchRouter.forward`.
+        closer: Likewise; empty where the router looks once.
+    """
+
+    def __init__(self) -> None:
+        self.compared, self.closer = ScoreHistogram(), ScoreHistogram()
+
+    def add(self, compared: Tensor, closer: Tensor | None) -> None:
+        """Counts scores."""
+        self.compared.add(compared)
+        if closer is not None:
+            self.closer.add(closer)
+
+    def threshold(self, budget: float, cost: UnitCost, margin: float = 0.0) -> float:
         """The threshold that spends ``budget``, as far as it can be spent.
 
         Args:
@@ -67,11 +84,10 @@ class ScoreHistogram:
         """
         return _bisect(lambda threshold: self.spent(threshold, cost, margin) >= budget)
 
-    def spent(self, threshold: float, cost: UnitCost, margin: float = math.inf) -> float:
+    def spent(self, threshold: float, cost: UnitCost, margin: float = 0.0) -> float:
         """Mean cost of a token at ``threshold``, with exact values ``margin`` above it."""
-        active = self.above(threshold)
-        exact = active if margin == 0 else self.above(threshold + margin)
-        return cost.fixed + cost.exact * exact + cost.low * (active - exact)
+        active, closer = self.compared.above(threshold), self.closer.above(threshold)
+        return cost.of(active, self.compared.above(threshold + margin) if margin else active, closer)
 
 
 def _bisect(reached: Callable[[float], bool]) -> float:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from dynaconv.dynamic.cost import NEURONS, UnitCost
 from dynaconv.dynamic.dial import Dial
 from dynaconv.dynamic.layout import Layout
 from dynaconv.dynamic.policy import ByThreshold
@@ -62,27 +63,30 @@ def solve_threshold(
     router: Router,
     scores: Sequence[Tensor],
     budget: float,
+    cost: UnitCost = NEURONS,
     *,
     iterations: int = 40,
     mean: Callable[[Tensor], Tensor] = lambda one: one,
 ) -> float:
-    """The one threshold for all sites at which the mean active share over tokens and sites is ``budget``.
+    """The one threshold for all sites at which the mean cost over tokens and sites is ``budget``.
 
-    The share falls in jumps as the threshold rises, each at the score of some token. The threshold lies in the middle
-    between the jump that still leaves the budget and the next lower one, so that no token's block hangs on how its
-    score was rounded.
+    What is spent falls in jumps as the threshold rises, each at the score of some token. The threshold lies in the
+    middle between the jump that still leaves the budget and the next lower one, so that no token's block hangs on how
+    its score was rounded.
 
     Args:
         router: Any site's router; only its rule is used.
         scores: Scores of each site, (tokens,) or (tokens, n).
-        budget: Active FFN share, in (0, 1].
+        budget: In the unit of ``cost``, in (0, 1].
+        cost: What blocks cost; every site's. Without one, the share of neurons.
         iterations: Bisection steps, for each of the two jumps.
         mean: Takes the mean over processes, where each has some of the tokens.
     """
 
     def spent(threshold: float) -> float:
         shares = [router.choose(score, threshold).active_share(router.partition).mean() for score in scores]
-        return mean(torch.stack(shares).mean()).item()
+        active = mean(torch.stack(shares).mean()).item()
+        return cost.of(active, active, 0.0)
 
     def jump(low: float, high: float, reached: Callable[[float], bool]) -> tuple[float, float]:
         for _ in range(iterations):
@@ -93,7 +97,7 @@ def solve_threshold(
     everything, nothing = router.threshold_range()
     threshold, _ = jump(everything, nothing, lambda share: share >= budget)
     reached = spent(threshold)
-    if reached >= 1:
+    if reached >= cost.fixed + cost.exact:
         return threshold
     _, lowest = jump(everything, threshold, lambda share: share > reached)
     return (threshold + lowest) / 2

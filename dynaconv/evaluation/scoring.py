@@ -1,4 +1,4 @@
-"""Loss, agreement and active share of a policy over fixed batches. T tokens a window, V vocabulary."""
+"""Loss, agreement and cost of a policy over fixed batches. B sequences, T tokens, L layers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,24 @@ import torch
 from torch import Tensor
 
 from dynaconv.data.windows import Batch
-from dynaconv.dynamic.policy import Full, Policy
+from dynaconv.dynamic.policy import Decision, Full, Policy
 from dynaconv.dynamic.recorder import Recorder
+from dynaconv.dynamic.routers.base import Router
+from dynaconv.dynamic.site import Site
+from dynaconv.kernels.choice import Choice, Prefix, Subset
 from dynaconv.ranks import Ranks
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a policy is worth and what it spends.
+    """What scoring found; shares and widths are means over layers and tokens.
 
     Attributes:
-        loss: Nats a token.
-        active_share: Mean share of FFN neurons used, over real tokens and layers.
+        loss: Mean loss in nats a predicted token.
+        active_share: Share of neurons that are used.
+        exact_share: Share of neurons that are used with exact values.
+        bytes_share: FFN bytes read, as a share of the parent's, routers counted.
+        flops_share: FFN FLOPs computed, as a share of the parent's, routers counted.
         agreement: Share of positions with the parent's most likely token; ``None`` without a parent.
         tokens: Predicted tokens scored.
         widths: Mean width of each layer, in blocks.
@@ -31,6 +37,9 @@ class Score:
 
     loss: float
     active_share: float
+    exact_share: float
+    bytes_share: float
+    flops_share: float
     agreement: float | None
     tokens: int
     widths: tuple[float, ...]
@@ -39,6 +48,30 @@ class Score:
     def perplexity(self) -> float:
         """exp(loss)."""
         return math.exp(self.loss)
+
+
+@dataclass(frozen=True)
+class AfterPrompt:
+    """Policy of text whose beginning is a prompt, read at the full dial; the rest is up to another policy.
+
+    Attributes:
+        policy: Of the rest.
+        prompt: Tokens of the prompt.
+        length: Tokens of a sequence.
+    """
+
+    policy: Policy
+    prompt: int
+    length: int
+
+    def decide(self, site: Site, router: Router, x: Tensor) -> Decision:
+        """What the tokens use; all of the prompt's use everything."""
+        found = self.policy.decide(site, router, x)
+        if found.choice is None:
+            return found
+        rows = x.numel() // x.shape[-1]
+        prompt = (torch.arange(rows, device=x.device) % self.length < self.prompt).view(x.shape[:-1])
+        return found._replace(choice=_all_of(found.choice, prompt, site.blocks))
 
 
 @torch.no_grad()
@@ -60,6 +93,7 @@ def score(
     *,
     parent: Sequence[Tensor] | None = None,
     ranks: Ranks | None = None,
+    prompted: bool = False,
 ) -> Score:
     """Runs ``batches`` under ``policy``.
 
@@ -69,41 +103,62 @@ def score(
         policy: How widths are decided; all blocks when ``None``.
         parent: The parent's most likely tokens on the same batches (:func:`most_likely`).
         ranks: The processes that each score some of the batches; alone by default.
+        prompted: The first half of each sequence is a prompt, read at the full dial; the second half alone is scored.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    loss, count, agreeing, shares, widths = 0.0, 0, 0, 0.0, torch.zeros(0)
+    sums = torch.zeros(0, dtype=torch.float64)
     call = getattr(model, "call", None)
     for i, batch in enumerate(batches):
-        batch, recorder = batch.to(device), Recorder()
-        with nullcontext() if call is None else call.using(policy or Full(), recorder):
+        batch, recorder, half = batch.to(device), Recorder(), batch.input_ids.shape[1] // 2
+        using = policy or Full()
+        if prompted:
+            using = AfterPrompt(using, half, batch.input_ids.shape[1])
+        with nullcontext() if call is None else call.using(using, recorder):
             logits = model(**_inputs(batch)).logits
         mask = batch.predicted
+        if prompted:
+            mask = mask & (torch.arange(mask.shape[1], device=device) >= half)
         picked, wanted = logits[:, :-1][mask].float(), batch.input_ids[:, 1:][mask]
-        loss += float(torch.nn.functional.cross_entropy(picked, wanted, reduction="sum"))
-        count += len(wanted)
+        loss = float(torch.nn.functional.cross_entropy(picked, wanted, reduction="sum"))
+        agreeing = 0
         if parent is not None:
-            agreeing += int((picked.argmax(-1).cpu() == parent[i][:, :-1][mask.cpu()]).sum())
-        if call is not None:
-            used, spent = recorder.all_widths().cpu(), recorder.all_shares().cpu()  # (L, B * T)
-            if batch.attention_mask is not None:
-                real = batch.attention_mask.flatten().cpu()
-                used, spent = used[:, real], spent[:, real]
-            widths = widths + used.double().sum(1) if len(widths) else used.double().sum(1)
-            shares += float(spent.mean(0).sum())
+            agreeing = int((picked.argmax(-1).cpu() == parent[i][:, :-1][mask.cpu()]).sum())
+        found = [loss, len(wanted), agreeing, batch.tokens, *([] if call is None else _spent(recorder, batch))]
+        sums = torch.tensor(found, dtype=torch.float64) + (sums if len(sums) else 0)
     model.train(was_training)
-    tokens = sum(batch.tokens for batch in batches)
     if ranks is not None:
-        sums = torch.tensor([loss, count, agreeing, shares, tokens, *widths.tolist()], dtype=torch.float64)
-        loss, count, agreeing, shares, tokens, *rest = ranks.sum(sums).tolist()
-        count, widths = int(count), torch.tensor(rest, dtype=torch.float64)
+        sums = ranks.sum(sums)
+    loss, count, agreeing, tokens, *spent = sums.tolist()
+    active, exact, read, computed, *widths = [one / tokens for one in spent] or [1.0] * 4
     return Score(
         loss=loss / count,
-        active_share=shares / tokens if call is not None else 1.0,
+        active_share=active,
+        exact_share=exact,
+        bytes_share=read,
+        flops_share=computed,
         agreement=agreeing / count if parent is not None else None,
-        tokens=count,
-        widths=tuple((widths / tokens).tolist()),
+        tokens=int(count),
+        widths=tuple(widths),
     )
+
+
+def _spent(recorder: Recorder, batch: Batch) -> list[float]:
+    """Sums over the tokens that are not padding: four shares, means over layers, and the width of each layer."""
+    widths, shares = recorder.all_widths(), recorder.all_costs()  # (L, B * T), (4, L, B * T)
+    if batch.attention_mask is not None:
+        real = batch.attention_mask.flatten()
+        widths, shares = widths[:, real], shares[..., real]
+    return [*shares.mean(1).sum(1).tolist(), *widths.double().sum(1).tolist()]
+
+
+def _all_of(choice: Choice, tokens: Tensor, blocks: int) -> Choice:
+    """``choice`` (...) with every block, exact, for the ``tokens`` (...) that are True."""
+    if isinstance(choice, Prefix):
+        return Prefix(choice.widths.masked_fill(tokens, blocks))
+    assert isinstance(choice, Subset)
+    exact = None if choice.exact is None else choice.exact | tokens[..., None]
+    return Subset(choice.on | tokens[..., None], exact, choice.closer)
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:

@@ -43,8 +43,8 @@ def write(
     """
     config = read_config(dynamic)
     weights = [path for path in sorted(dynamic.glob("*.safetensors*")) if path.name != ROUTER_FILE]
-    if (dynamic / ROUTER_FILE).is_file():
-        weights.append(dynamic / ROUTER_FILE)
+    routers = [place / ROUTER_FILE for place in (dials, dynamic)]  # calibration measures what routers carry along
+    weights += [path for path in routers if path.is_file()][:1]
     require_space(folder, sum(path.stat().st_size for path in weights))
     with storage_errors(folder):
         for path in [*weights, dials / FRONTIER_FILE, dials / PICTURE_FILE]:

@@ -34,20 +34,20 @@ class Codes:
     """A matrix (R, C), each weight about ``scale * code - minimum``.
 
     Attributes:
+        columns: C.
+        group: Weights a group; the last group of a row may hold fewer.
         planes: ``(b, R, ceil(C / 8))`` uint8, 8 weights a byte, the first weight in the highest bit.
         scales: ``(R, G)`` uint8, in steps of the row's first unit.
         minimums: ``(R, G)`` uint8, how far below 0 the range of the group begins, in steps of the row's second unit.
         units: ``(R, 2)`` float16.
-        columns: C.
-        group: Weights a group; the last group of a row may hold fewer.
     """
 
+    columns: int
+    group: int
     planes: Tensor
     scales: Tensor
     minimums: Tensor
     units: Tensor
-    columns: int
-    group: int
 
     @property
     def bits(self) -> int:
@@ -64,8 +64,8 @@ class Codes:
             group: Weights that share a scale, from 1.
         """
         parts = [_encode(weight[rows].float(), bits, group) for rows in _pieces(weight.shape)]
-        return cls(*(torch.cat(part, dim=1 if i == 0 else 0) for i, part in enumerate(zip(*parts, strict=True))),
-                   columns=weight.shape[1], group=group)  # fmt: skip
+        planes, *others = (torch.cat(part, dim=int(i == 0)) for i, part in enumerate(zip(*parts, strict=True)))
+        return cls(weight.shape[1], group, planes, *others)
 
     def values(self, bits: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix (R, C) as its first ``bits`` planes say it, each weight in the middle of what they leave open."""
@@ -119,21 +119,21 @@ def _encode(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tens
     units = torch.stack([width.amax(1) / top, low.amax(1)], dim=1) / _STEPS
     units = units.clamp_min(torch.finfo(torch.float16).smallest_normal).half()
     unit = units.float()
-    best: tuple[Tensor, ...] | None = None
+    best = None
     for shrink in SHRINKS:
         scales = (shrink * width / top / unit[:, :1]).round().clamp(1, _STEPS)
         minimums = (shrink * low / unit[:, 1:]).round().clamp(0, _STEPS)
         scale, minimum = (scales * unit[:, :1])[..., None], (minimums * unit[:, 1:])[..., None]
         code = ((grouped + minimum) / scale).round().clamp(0, top)
         error = (code * scale - minimum - grouped).square().sum(-1)
-        found = (error, code, scales, minimums)
+        found = (code, scales, minimums, error)
         if best is not None:
-            better = error < best[0]
-            found = tuple(torch.where(better if new.dim() == 2 else better[..., None], new, old)
-                          for new, old in zip(found, best, strict=True))  # fmt: skip
+            better = error < best[-1]
+            pairs = zip(found, best, strict=True)
+            found = tuple(torch.where(better.view(*better.shape, *(1,) * (a.dim() - 2)), a, b) for a, b in pairs)  # type: ignore[assignment]
         best = found
     assert best is not None
-    code, scales, minimums = best[1].flatten(1)[:, :columns].to(torch.uint8), best[2], best[3]
+    code, scales, minimums = best[0].flatten(1)[:, :columns].to(torch.uint8), best[1], best[2]
     planes = torch.stack([_packed((code >> (bits - 1 - plane)) & 1) for plane in range(bits)])
     return planes, scales.to(torch.uint8), minimums.to(torch.uint8), units
 

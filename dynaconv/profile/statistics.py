@@ -89,7 +89,7 @@ def tensor_layout(
         "activation": (torch.float32, (neurons,)),
         "importance": (torch.float32, (neurons,)),
         "order": (torch.int64, (neurons,)),
-        **(of_neurons if experts == "neurons" else of_blocks),  # type: ignore[dict-item]
+        **(of_neurons if experts == "neurons" else of_blocks),
     }
     return [(f"layers.{i}.{name}", dtype, shape) for i in range(layers) for name, (dtype, shape) in shapes.items()]
 

@@ -82,10 +82,10 @@ def write_checkpoint(engine: Engine, carved: Path, folder: Path, shard_bytes: in
 
 
 def router_names(network: Any) -> dict[str, str]:
-    """What ``router_state`` calls the router parameters, by the network's own names without adapters."""
+    """What ``router_state`` calls what the stock FFNs do not have, by the network's own names without adapters."""
     places = {id(module): name.replace(BASE, ".") for name, module in network.named_modules()}
     return {
-        f"{places[id(ffn)]}.router.{name}": f"layers.{ffn.site.index}.router.{name}"
+        f"{places[id(ffn)]}.{name}": f"layers.{ffn.site.index}.{name}"
         for ffn in network.ffns()
-        for name, _ in ffn.router.named_parameters()
+        for name in ffn.own_state()
     }

@@ -13,11 +13,12 @@ from dynaconv.config import FinetuneConfig
 def parameter_groups(network: Any, config: FinetuneConfig) -> list[dict[str, Any]]:
     """AdamW's groups of the parameters that are trained: their names, peak learning rates and weight decay."""
     routers = {id(p) for ffn in network.ffns() for p in ffn.router.parameters()}
+    vectors = {id(ffn.means) for ffn in network.ffns()}
     named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     dims = {name: len(getattr(p, "ds_shape", p.shape)) for name, p in named}  # DeepSpeed may have taken p apart
     groups = {
-        "weights": [(n, p) for n, p in named if id(p) not in routers and dims[n] > 1],
-        "vectors": [(n, p) for n, p in named if id(p) not in routers and dims[n] <= 1],
+        "weights": [(n, p) for n, p in named if id(p) not in routers | vectors and dims[n] > 1],
+        "vectors": [(n, p) for n, p in named if id(p) not in routers and (dims[n] <= 1 or id(p) in vectors)],
         "routers": [(n, p) for n, p in named if id(p) in routers],
     }
     peaks = {"routers": config.router_learning_rate}

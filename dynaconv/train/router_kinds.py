@@ -17,7 +17,7 @@ RENAMED = {"gate": "width"}
 
 
 def choices(experts: str) -> list[str]:
-    """What ``finetune.router`` may be for ``nested`` or ``routed`` experts."""
+    """What ``finetune.router`` may be for such ``experts``."""
     kinds = [name for name, kind in KINDS.items() if kind.experts == experts and kind.objective != "none"]
     same_width = [NO_ROUTER] if experts == "nested" else []  # routed experts have no first blocks
     return [AUTO_ROUTER, *kinds, *same_width]
@@ -37,12 +37,12 @@ def problems_of_router(config: RunConfig) -> Iterator[str]:
 
 
 def router_kind(tuning: FinetuneConfig, experts: str) -> type[Router]:
-    """The kind that ``finetune.router`` asks for, of ``nested`` or ``routed`` experts."""
+    """The kind that ``finetune.router`` asks for, of such ``experts``."""
     if tuning.router == NO_ROUTER:
         return UniformRouter
     if tuning.router != AUTO_ROUTER:
         return KINDS[tuning.router]
-    return next(kind for kind in KINDS.values() if kind.experts == experts and kind.objective == "dial")
+    return next(kind for kind in KINDS.values() if kind.experts == experts and kind.objective in ("dial", "weights"))
 
 
 def router_objective(tuning: FinetuneConfig) -> str:
@@ -60,6 +60,8 @@ def router_layout(tuning: FinetuneConfig, hidden_size: int, carved: RouterLayout
     kind = router_kind(tuning, KINDS[carved.kind].experts)
     if kind is UniformRouter:
         return RouterLayout()
+    if kind.objective == "weights":
+        return carved
     bound = tuning.bound
     if bound is None:
         bound = carved.bound if starts_from(carved, kind.kind) else kind.default_bound
@@ -70,4 +72,4 @@ def router_layout(tuning: FinetuneConfig, hidden_size: int, carved: RouterLayout
 
 def starts_from(carved: RouterLayout, kind: str) -> bool:
     """Whether routers of ``kind`` start from the closed-form ones that carve solved."""
-    return carved.kind == kind and KINDS[kind].closed_form
+    return carved.kind == kind and (KINDS[kind].closed_form or KINDS[kind].objective == "weights")

@@ -40,6 +40,7 @@ def draw(config: FinetuneConfig, seed: int, step: int, steps: int) -> Draw:
     then, where one is set, the anchor (the curriculum of MoE-PHDS, arXiv 2509.23012).
     """
     chance = random.Random(f"dial {seed} {step}")
+    assert config.budgets is not None, "budgets that a recipe leaves open follow from the model"
     low, high = config.budgets
     budget = _sample(chance, config.distribution, low, high)
     if config.anchor is not None and step >= config.anchor_after * steps:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from dynaconv.artifacts.files import require_space
@@ -67,6 +67,7 @@ class FinetuneStage(Stage):
         from dynaconv.train.budget_controller import BudgetController
         from dynaconv.train.engine import build_engine
         from dynaconv.train.model import trainable_model, write_checkpoint
+        from dynaconv.train.neurons import prepare_neurons, training_budgets
         from dynaconv.train.objectives.registry import needs_parent
         from dynaconv.train.sampler import steps_of
         from dynaconv.train.state import load_state
@@ -80,19 +81,21 @@ class FinetuneStage(Stage):
         ranks = context.ranks
         with memory_errors(config, ranks.world):
             network = trainable_model(context.inputs["dynamic"], tuning)
+            tuning = replace(tuning, budgets=training_budgets(network, tuning))
+            windows = training_windows(context, network.config.vocab_size, network.config.max_position_embeddings)
+            margin = prepare_neurons(network, windows, tuning, context) if network.layout.copy is not None else 0.0
             if not ranks.main:
                 torch.manual_seed(config.seed + (ranks.rank << 32))  # another dropout on each rank
             require_space(context.work, 2 * 12 * sum(p.numel() for p in network.parameters() if p.requires_grad))
             engine = build_engine(network, config, ranks)
             parent = load_dense(context.inputs["parent"], ranks.device) if needs_parent(tuning) else None
-            windows = training_windows(context, network.config.vocab_size, network.config.max_position_embeddings)
             start = load_state(context.work, engine)
             if start.step:
                 context.log.info("resuming after step %d of %d", start.step, steps)
             seen = [watched(line) for line in recorded(metrics_file)[: start.step]] if ranks.main else []
             watch = Watch(tuning.explosion, ranks.broadcast_object(seen))
             controller = BudgetController(start.budget_error)
-            trainer = Trainer(engine, tuning, windows, steps, config.seed, parent, controller, watch)
+            trainer = Trainer(engine, tuning, windows, steps, config.seed, parent, controller, watch, margin)
             seconds = train(trainer, context, start)
         write_checkpoint(engine, context.inputs["dynamic"], context.folder, config.carve.shard_bytes)
         if not ranks.main:

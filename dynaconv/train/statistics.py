@@ -19,8 +19,8 @@ BINS = 8  # of difficulty, each with as many tokens
 
 
 def share_spent(recorder: Recorder, mask: Tensor | None) -> float:
-    """Mean active share that was recorded, over sites and the tokens where ``mask`` (B, T) says no padding."""
-    return torch.stack([real_tokens(found[0], mask).mean() for found in recorder.shares.values()]).mean().item()
+    """Mean share of the FFN bytes that was recorded, over sites and the tokens where ``mask`` (B, T) is not padding."""
+    return torch.stack([real_tokens(found[0][2], mask).mean() for found in recorder.shares.values()]).mean().item()
 
 
 def score_std(recorder: Recorder, mask: Tensor | None, features: int) -> float:

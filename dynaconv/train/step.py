@@ -22,7 +22,9 @@ from dynaconv.config import FinetuneConfig
 from dynaconv.data.windows import Batch, Windows, training_batch
 from dynaconv.dynamic.policy import Full, Policy, Uniform, at_one_threshold
 from dynaconv.dynamic.recorder import Recorder
+from dynaconv.dynamic.routers.sketch import SketchRouter
 from dynaconv.dynamic.thresholds import solve_threshold
+from dynaconv.profile.gated import NeuronRecorder, gated_policy
 from dynaconv.train.budget_controller import BudgetController
 from dynaconv.train.engine import Engine
 from dynaconv.train.micro_batch import MicroBatch, micro_batches
@@ -50,6 +52,7 @@ class Trainer:
         parent: The frozen dense model where it teaches.
         controller: Keeps the share spent at the share asked for.
         watch: Stops a run whose loss explodes.
+        exact_margin: Of single neurons: how far above the threshold values are exact, in nats; 0 where all are.
     """
 
     engine: Engine
@@ -60,6 +63,7 @@ class Trainer:
     parent: Any = None
     controller: BudgetController = field(default_factory=BudgetController)
     watch: Watch = field(default_factory=Watch)
+    exact_margin: float = 0.0
 
     def run(self, start: int, finished: Callable[[int, dict[str, float]], None]) -> None:
         """Steps ``start`` to the end; calls ``finished(step, metrics)`` after each.
@@ -100,7 +104,7 @@ class Trainer:
         if "parent" in plan.passes:
             with torch.no_grad():
                 outcome.found["parent"] = self._forward(self.parent, micro.batch)
-        metrics, scores = dict[str, float](), list[Tensor]()
+        metrics, scores = dict[str, float](), Recorder()
         if "full" in plan.passes:
             metrics, scores = self._full(micro, plan, outcome)
         if "dial" not in plan.passes:
@@ -111,20 +115,24 @@ class Trainer:
                 outcome.found["second"] = self._dynamic(micro.batch, policy)
         return metrics | self._dial(scores, micro, plan, outcome)
 
-    def _full(self, micro: MicroBatch, plan: StepPlan, outcome: Outcome) -> tuple[dict[str, float], list[Tensor]]:
-        """The full dial, forward and backward: metrics, and each site's router scores where routers decide."""
+    def _full(self, micro: MicroBatch, plan: StepPlan, outcome: Outcome) -> tuple[dict[str, float], Recorder]:
+        """The full dial, forward and backward: metrics, and what recorded the router's scores where routers decide."""
         trained = plan.trains("full") and self.config.trainable != "routers"
-        recorder = Recorder() if plan.by_router else None
+        recorder: Recorder | None = None
+        if plan.by_router:
+            router = self._ffns[0].router
+            recorder = Recorder()
+            if isinstance(router, SketchRouter):
+                recorder = NeuronRecorder(router, attention_mask=micro.batch.attention_mask)
         with torch.set_grad_enabled(trained):
             outcome.found["full"] = self._dynamic(micro.batch, Full(scored=plan.by_router), recorder)
             total, metrics = self._summed("full", micro, plan, outcome)
         if trained:
             self.engine.backward(total, last=micro.last and "dial" not in plan.passes)
         outcome.found["full"] = outcome["full"].detach()
-        scores = [] if recorder is None else [found[0] for _, found in sorted(recorder.scores.items())]
-        return metrics, [self._real(score, micro.batch) for score in scores]
+        return metrics, recorder or Recorder()
 
-    def _dial(self, scores: list[Tensor], micro: MicroBatch, plan: StepPlan, outcome: Outcome) -> dict[str, float]:
+    def _dial(self, scores: Recorder, micro: MicroBatch, plan: StepPlan, outcome: Outcome) -> dict[str, float]:
         """The sampled dial, forward and backward: metrics."""
         policy, recorder = self._policy(plan.drawn.budget, scores, micro, plan)
         outcome.found["dial"] = self._dynamic(micro.batch, policy, recorder)
@@ -142,15 +150,25 @@ class Trainer:
             metrics |= micro_batch_statistics(micro, recorder, outcome, self.engine.network.layout.blocks, accuracies)
         return metrics
 
-    def _policy(
-        self, budget: float, scores: list[Tensor], micro: MicroBatch, plan: StepPlan
-    ) -> tuple[Policy, Recorder]:
-        """The policy that spends ``budget`` on this micro-batch, over all ranks, and what records it."""
-        layout, router = self.engine.network.layout, self._ffns[0].router
+    def _policy(self, budget: float, recorded: Recorder, micro: MicroBatch, plan: StepPlan) -> tuple[Policy, Recorder]:
+        """The policy that spends ``budget`` on this micro-batch, over all ranks, and what records it.
+
+        Args:
+            budget: Share of the parent's FFN bytes.
+            recorded: Of the pass at the full dial: the routers' scores.
+            micro: The micro-batch.
+            plan: Of the step.
+        """
+        layout, router, cost = self.engine.network.layout, self._ffns[0].router, self._ffns[0].cost.bytes
         if not plan.by_router:
             return Uniform(uniform_width(budget, layout.partition)), Recorder()
         share = self.controller.request(budget)
-        threshold = solve_threshold(router, scores, share, mean=self._mean(micro.batch))
+        if isinstance(recorded, NeuronRecorder):
+            recorded.gather(self.engine.ranks)
+            threshold = recorded.scores_of_all.threshold(share, cost, self.exact_margin)
+            return gated_policy(self.engine.network, budget, threshold, self.exact_margin), Recorder()
+        scores = [self._real(found[0], micro.batch) for _, found in sorted(recorded.scores.items())]
+        threshold = solve_threshold(router, scores, share, cost, mean=self._mean(micro.batch))
         if router.objective == "dial":
             return StraightThrough(threshold, self.config.temperature), ScoreGradients(micro.batch.attention_mask)
         policy = at_one_threshold(threshold, layout.layers, detached=True)

@@ -41,7 +41,7 @@ def choose(network: Any, trainable: str) -> None:
     """Freezes what ``trainable`` (see :class:`FinetuneConfig`) leaves alone in the dynamic ``network``."""
     if trainable == "all":
         return
-    chosen = {id(p) for ffn in network.ffns() for p in ffn.router.parameters()}
+    chosen = {id(value) for ffn in network.ffns() for value in ffn.own_state().values()}
     if trainable == "ffn":
         projections = [module for ffn in network.ffns() for module in ffn.projections()]
         chosen |= {id(p) for module in projections for p in module.parameters()}

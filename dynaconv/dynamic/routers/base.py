@@ -29,10 +29,11 @@ class Router(nn.Module):
 
     Attributes:
         kind: Its name in ``dynaconv.json``.
-        experts: ``nested`` where tokens use the first blocks, ``routed`` where they choose them one by one.
+        experts: ``nested`` where tokens use the first blocks, ``routed`` where they choose them one by one, ``neurons``
+            where blocks are single neurons.
         features: Dimensions that scores have beyond those of the tokens, 0 or 1.
         objective: What trains it: ``dial`` (the losses at the sampled dial, through :meth:`margins`), the name of a
-            training objective of its own, or ``none``.
+            training objective of its own, ``weights`` (it follows the weights of the FFN), or ``none``.
         closed_form: Whether carve solves it without training.
         default_bound: Largest score where a recipe names none.
         exportable: Why an engine without this code cannot run it; empty where one can.

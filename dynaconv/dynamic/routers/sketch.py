@@ -2,8 +2,10 @@
 
 A neuron is on where ``log(|act(gate^ x) (up^ x)| * ||down column||)`` is above the threshold, with gate^ and up^ the
 first bit planes of the copy (or, where FFNs have no gate, act(up^ x) alone). Nothing is trained: scores follow the
-weights. Scores of a layer are taken relative to its ``offset``, since contributions of layers do not compare. Ships
-with every exported model.
+weights. Scores of a layer are taken relative to its ``offset``, since contributions of layers do not compare.
+
+It may look twice: in few planes at all neurons, and in more at those that come within ``reach`` of the threshold, so
+that most bytes go to neurons that are about to be used. Ships with every exported model.
 
 D residual width, F neurons.
 """
@@ -11,6 +13,7 @@ D residual width, F neurons.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,6 +35,7 @@ class SketchRouter(Router):
 
     kind = "sketch"
     experts = "neurons"
+    objective = "weights"
     exportable = "no other engine leaves out single neurons"
 
     offset: Tensor
@@ -39,6 +43,7 @@ class SketchRouter(Router):
 
     def __init__(self, hidden_size: int, partition: Partition, layout: RouterLayout) -> None:
         super().__init__(hidden_size, partition, RouterLayout(layout.kind))
+        self.reach = layout.reach
         self.register_buffer("offset", torch.zeros(()))
         self._weights: FFNWeights | None = None
 
@@ -52,26 +57,48 @@ class SketchRouter(Router):
         return {**self.__dict__, "_weights": None}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores (..., F) float32 of tokens ``x`` (..., D); no gradient."""
+        """Scores of tokens ``x`` (..., D), float32, without gradient: (..., F), or (..., 2 F) where it looks twice.
+
+        Then the first F are what :meth:`choose` compares: what the second look gives, held down to ``reach`` above what
+        the first gives. The other F are what decides whether there is a second look: the first plus ``reach``.
+        """
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            weights = self._weights
-            assert weights is not None, "the FFN hands over its weights before it asks for scores"
-            gate, up = self.copy.sketch
-            x = x.to(up.dtype)
-            given = linear(x, up, weights.up_bias)
-            if gate is None:
-                given = weights.activation(given)
-            else:
-                given = weights.activation(linear(x, gate, weights.gate_bias)) * given
-            return (given.float().abs() * self.copy.norms).clamp_min(SMALLEST).log() - self.offset
+            first, *second = (self._given(x, *sketch) for sketch in self.copy.sketches)
+            if not second:
+                return first
+            first = first + self.reach
+            return torch.cat([torch.minimum(second[0], first), first], dim=-1)
+
+    def _given(self, x: Tensor, gate: Tensor | None, up: Tensor) -> Tensor:
+        """What each neuron would give by matrices ``gate`` and ``up``, (..., F) in nats, relative to the offset."""
+        weights = self._weights
+        assert weights is not None, "the FFN hands over its weights before it asks for scores"
+        x = x.to(up.dtype)
+        given = linear(x, up, weights.up_bias)
+        if gate is None:
+            given = weights.activation(given)
+        else:
+            given = weights.activation(linear(x, gate, weights.gate_bias)) * given
+        return (given.float().abs() * self.copy.norms).clamp_min(SMALLEST).log() - self.offset
 
     def choose(self, scores: Tensor, threshold: Tensor | float) -> Choice:
         """See :meth:`Router.choose`."""
-        return Subset(scores > as_threshold(threshold, scores)[..., None])
+        compared, closer = self.parts(scores)
+        threshold = as_threshold(threshold, scores)[..., None]
+        return Subset(compared > threshold, closer=None if closer is None else closer > threshold)
+
+    def parts(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The two halves of ``scores`` (see :meth:`forward`), (..., F) each; no second one where it looks once."""
+        if scores.shape[-1] == self.blocks:
+            return scores, None
+        compared, closer = scores.chunk(2, dim=-1)
+        return compared, closer
 
     def top(self, x: Tensor, width: int) -> Choice:
-        """See :meth:`Router.top`."""
-        return top_mask(self(x), width)
+        """See :meth:`Router.top`. All neurons are looked at twice."""
+        compared, closer = self.parts(self(x))
+        chosen = top_mask(compared, width)
+        return chosen if closer is None else replace(chosen, closer=torch.ones_like(chosen.on))
 
     def threshold_range(self) -> tuple[float, float]:
         """See :meth:`Router.threshold_range`."""

@@ -1,0 +1,64 @@
+"""What fine-tuning needs to know of single neurons before its first step: budgets, means, where values are exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dynaconv.config import FinetuneConfig
+from dynaconv.data.windows import Windows, training_batch
+from dynaconv.errors import ConfigError
+from dynaconv.pipeline.stage import StageContext
+from dynaconv.profile.gated import exact_margin, prepare_means, solve_neurons
+
+NODES = 4
+"""Budgets at which means are trained; between them they are interpolated."""
+MEAN_TOKENS = 8192
+"""Training tokens that means are measured on before they are trained."""
+NEURONS, BLOCKS = (1 / 16, 0.6), (0.2, 0.75)
+"""Shares of neurons used at the lowest and the highest budget, where the recipe names none."""
+
+
+def training_budgets(network: Any, tuning: FinetuneConfig) -> list[float]:
+    """The lowest and the highest budget that the recipe trains at, or those of :data:`NEURONS` or :data:`BLOCKS`.
+
+    Raises:
+        ConfigError: The lowest is below what the routers read for every token.
+    """
+    ffn = network.ffns()[0]
+    cost = ffn.cost.bytes
+    if tuning.budgets is None:
+        if ffn.router.experts != "neurons":
+            return [cost.of(share, share, 0.0) for share in BLOCKS]
+        low, high = NEURONS
+        exact = 0.0 if cost.low else 1.0
+        return [cost.of(low, exact * low, 2 * low), cost.of(high, exact * high, 1.0)]
+    if tuning.budgets[0] <= cost.fixed:
+        raise ConfigError(
+            f"finetune.budgets begin at {tuning.budgets[0]:g}, but the routers alone read {cost.fixed:.3f} of the "
+            "bytes of the FFNs",
+            expected=f"budgets above {cost.fixed:.3f}",
+            hint="leave finetune.budgets out (null) for those that fit",
+        )
+    return tuning.budgets
+
+
+def prepare_neurons(network: Any, windows: Windows, tuning: FinetuneConfig, context: StageContext) -> float:
+    """Gives ``network`` means to train, measured on the first training text, where the recipe wants means.
+
+    Every rank measures on the same text.
+
+    Returns:
+        How far above the threshold of being used a neuron has exact values (see :func:`exact_margin`).
+    """
+    config = context.config
+    assert tuning.budgets is not None
+    low, high = tuning.budgets
+    network.to(context.ranks.device).eval()
+    margin = exact_margin(network)
+    if context.config.sketch.means:
+        nodes = sorted({low * (high / low) ** (node / (NODES - 1)) for node in range(NODES)})
+        prepare_means(network, nodes)
+        steps = max(1, MEAN_TOKENS // (tuning.batch_size * config.data.sequence_length))
+        batches = [training_batch(windows, step, tuning.batch_size, config.seed) for step in range(steps)]
+        solve_neurons(network, batches, nodes, measure_means=True)
+    return margin
