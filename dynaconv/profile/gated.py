@@ -178,11 +178,12 @@ def _relative_error(copy: FewBitCopy, weights: Any) -> float:
     copy.follow(weights)
     assert copy.low is not None
     pairs = [(weights.gate, copy.low.gate), (weights.up, copy.low.up), (weights.down, copy.low.down)]
-    return sum(
-        float((low - exact).float().square().sum() / exact.float().square().sum().clamp_min(1e-30))
-        for exact, low in pairs
-        if exact is not None
-    )
+    with torch.no_grad():
+        return sum(
+            float((low - exact).float().square().sum() / exact.float().square().sum().clamp_min(1e-30))
+            for exact, low in pairs
+            if exact is not None
+        )
 
 
 def prepare_means(model: Any, budgets: Sequence[float]) -> None:
