@@ -153,10 +153,11 @@ class SketchConfig:
     """Single neurons chosen by a few-bit copy of their weights (``experts: neurons``).
 
     Attributes:
-        coarse_bits: Bits of gate and up that are read of all neurons, to choose by: the highest bit planes of the copy.
-        bits: Bits that neurons are looked at by which come within ``reach`` of being used by the first; the same number
-            for all of them to be looked at once.
-        reach: In nats: a neuron that gives exp(reach) times less than the least that is used is not looked at again.
+        coarse_bits: Bits of the gate that are read of all neurons, to choose by: the highest bit planes of the copy. Of
+            the one projection, where FFNs have no gate.
+        bits: Bits of gate and up that are read of neurons which come near to being used by the first look.
+        reach: How near, in nats: a neuron that gives exp(reach) times less than the least that is used is not looked at
+            again.
         low_bits: Bits of the copy, in which neurons of middling weight have their values; from ``bits`` to 8.
         group: Adjacent weights of a neuron that share a scale and a minimum.
         values: ``mixed``: exact values for the most important neurons, low-bit ones for the next; or ``exact``: chosen

@@ -27,6 +27,8 @@ class Dial:
             where the model is better than its parent.
         width: The same number of blocks for every token, from 0; needs no calibration.
         prompt: What ``generate`` reads the prompt at; the full dial where it is ``None``.
+        controlled: ``generate`` holds the mean cost of what it generates at the budget, whatever the text; otherwise it
+            uses the calibrated thresholds as they are.
 
     Raises:
         ValueError: Not exactly one of the first four is given, or it is out of its range.
@@ -37,6 +39,7 @@ class Dial:
     width: int | None = None
     flops: float | None = None
     prompt: Dial | float | None = None
+    controlled: bool = True
 
     def __post_init__(self) -> None:
         given = [name for name in UNITS if getattr(self, name) is not None]
@@ -99,6 +102,19 @@ class Dial:
         if table is None or not table.exact:
             return ()
         return (-math.inf,) * layout.layers if budget == 1.0 else _interpolated(table.budgets, table.exact, budget)
+
+    def slope(self, layout: Layout) -> float:
+        """How much thresholds rise, on average over sites, for each unit of budget less around this dial.
+
+        Raises:
+            ValueError: As :meth:`thresholds`.
+        """
+        budget, table = self.resolved(layout), _calibrated(layout.dial)
+        means = [sum(row) / len(row) for row in table.thresholds]
+        right = min(max(1, sum(known <= budget for known in table.budgets)), len(means) - 1)
+        if right < 1:
+            return 0.0
+        return (means[right - 1] - means[right]) / (table.budgets[right] - table.budgets[right - 1])
 
     def means(self, layout: Layout) -> tuple[float, ...]:
         """The weight of each of the G sets of means at this dial; empty where neurons that are off give nothing.

@@ -6,6 +6,7 @@ that is fine-tuned. Ships with every exported model. D residual width, F neurons
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from dynaconv.dynamic.layout import CopyLayout
 from dynaconv.kernels.codes import Codes, bytes_a_row
 from dynaconv.kernels.weights import FFNWeights
 
+NORMAL_MEAN = math.sqrt(2 / math.pi)
+"""E|z| of a standard normal z."""
+
 
 class FewBitCopy:
     """The copy of one FFN, as dense matrices in the weights' own dtype.
@@ -25,18 +29,22 @@ class FewBitCopy:
 
     Args:
         layout: How it is made.
-        bits: Planes that the router reads, at most those of the layout.
-        coarse: Those that it reads of all neurons, at most ``bits``.
+        bits: Planes that the router reads in all, at most those of the layout.
+        coarse: Planes that its first look reads, of gate alone (of up, where there is no gate); at most ``bits``.
 
     Attributes:
-        sketches: What the router reads of gate and up, (F, D) each, in few planes and, where these are not all that it
-            reads, in all; no gate where the FFN has none.
+        first: What the first look reads, (F, D).
+        second: What the second look reads of gate and up, (F, D) each; no gate where the FFN has none.
         norms: Of the columns of down, (F,) float32.
+        sizes: What the first look takes |up x| to be, for x of norm 1, times ``norms``: (F,) float32. Where there is no
+            gate, ``norms``.
         low: Low-bit values; ``None`` where tokens do not use them.
     """
 
-    sketches: list[tuple[Tensor | None, Tensor]]
+    first: Tensor
+    second: tuple[Tensor | None, Tensor]
     norms: Tensor
+    sizes: Tensor
 
     def __init__(self, layout: CopyLayout, bits: int, coarse: int) -> None:
         self.layout, self.bits, self.coarse = layout, bits, coarse
@@ -44,11 +52,8 @@ class FewBitCopy:
         self.low: FFNWeights | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "layout": self.layout,
-            "bits": self.bits,
-            "coarse": self.coarse,
-        }  # made again from the weights it will be used with
+        # The matrices are made again, from the weights that it will be used with.
+        return {"layout": self.layout, "bits": self.bits, "coarse": self.coarse}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -59,16 +64,18 @@ class FewBitCopy:
         identity = tuple(map(_identity, (weights.gate, weights.up, weights.down)))
         if identity == self._made_from:
             return
-        dtype, gate, up = weights.up.dtype, None, Codes.of(weights.up.detach(), self.layout.bits, self.layout.group)
-        if weights.gate is not None:
-            gate = Codes.of(weights.gate.detach(), self.layout.bits, self.layout.group)
-        self.sketches = [
-            (None if gate is None else gate.values(read, dtype), up.values(read, dtype))
-            for read in sorted({self.coarse, self.bits})
-        ]
+        dtype, bits, group = weights.up.dtype, self.layout.bits, self.layout.group
+        gate, up = (None if one is None else Codes.of(one.detach(), bits, group) for one in (weights.gate, weights.up))
+        assert up is not None
+        self.second = (None if gate is None else gate.values(self.bits, dtype), up.values(self.bits, dtype))
+        self.first = (gate or up).values(self.coarse, dtype)
         self.norms = torch.linalg.vector_norm(weights.down, dim=0, dtype=torch.float32)
+        self.sizes = self.norms
+        if gate is not None:  # as if x pointed anywhere
+            rows = torch.linalg.vector_norm(weights.up, dim=1, dtype=torch.float32)
+            self.sizes = self.norms * rows * (NORMAL_MEAN / math.sqrt(weights.up.shape[1]))
         if self.layout.values:
-            down = Codes.of(weights.down.detach().t(), self.layout.bits, self.layout.group)
+            down = Codes.of(weights.down.detach().t(), bits, group)
             self.low = weights._replace(
                 gate=None if gate is None else gate.values(dtype=dtype),
                 up=up.values(dtype=dtype),
@@ -87,17 +94,17 @@ class FewBitCopy:
             gate=gate, up=_straight_through(weights.up, low.up), down=_straight_through(weights.down, low.down)
         )
 
-    def sketch_cost(self, shape: FFNShape) -> tuple[float, float]:
-        """Bytes and FLOPs of the router's first look at all neurons, for one token; 2 bytes for the norm of each."""
+    def first_cost(self, shape: FFNShape) -> tuple[float, float]:
+        """Bytes and FLOPs of the router's first look at all neurons, for one token; 2 bytes for the size of each."""
         row = bytes_a_row(shape.residual, self.coarse, self.layout.group)
-        rows = shape.inputs * shape.neurons
-        return rows * row + 2 * shape.neurons, 2.0 * rows * shape.residual
+        return shape.neurons * (row + 2), 2.0 * shape.neurons * shape.residual
 
-    def closer_cost(self, shape: FFNShape) -> tuple[float, float]:
+    def second_cost(self, shape: FFNShape) -> tuple[float, float]:
         """Bytes and FLOPs of the router's second look at one neuron."""
         further = self.bits - self.coarse
-        row = bytes_a_row(shape.residual, further, self.layout.group, further=True)
-        return shape.inputs * row, 2.0 * shape.inputs * shape.residual if further else 0.0
+        planes = bytes_a_row(shape.residual, further, self.layout.group, further=True)
+        up = bytes_a_row(shape.residual, self.bits, self.layout.group) if shape.inputs == 2 else 0.0
+        return planes + up, 2.0 * shape.residual * (bool(further) + bool(up))
 
     def low_cost(self, shape: FFNShape) -> tuple[float, float]:
         """Bytes and FLOPs of one neuron with low-bit values, beside what the router has read of it."""

@@ -207,7 +207,7 @@ class DynamicFFN(nn.Module):
         closer = low = (0.0, 0.0)
         if self.copy is not None:
             low = self.copy.low_cost(shape) if self.copy.layout.values else low
-            router, closer = self.copy.sketch_cost(shape), self.copy.closer_cost(shape)
+            router, closer = self.copy.first_cost(shape), self.copy.second_cost(shape)
         return ffn_cost(shape, router=router, closer=closer, low=low, means=self.means is not None)
 
     def own_state(self) -> dict[str, Tensor]:

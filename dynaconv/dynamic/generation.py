@@ -1,19 +1,20 @@
 """Generation at a dial: who decides what a decoding step uses, and who owns its cache. Ships with every exported model.
 
-transformers' own ``generate`` runs the loop. Its key-value cache (``past_key_values``) is made for the call, belongs to
-it and is filled at whatever dial each step ran; nothing of ours is kept in it. The dial is that of the surrounding
-call: :meth:`DialedGeneration.generate` sets it for all steps of its thread, and a step that names its own (``dial=``)
-wins. A draft model (``assistant_model``) keeps the dial it has itself: ``model.at(0.25)`` drafts at .25 with the same
-weights.
+transformers' own ``generate`` runs the loop. The prompt is read at ``Dial.prompt``, the full dial unless it says
+otherwise; what is generated uses the dial itself, whose mean cost a controller holds. The key-value cache
+(``past_key_values``) is made for the call, belongs to it and is filled at whatever dial each step ran; nothing of ours
+is kept in it. The dial is that of the surrounding call: :meth:`DialedGeneration.generate` sets it for all steps of its
+thread, and a step that names its own (``dial=``) wins. A draft model (``assistant_model``) keeps the dial that it has
+itself: ``model.at(0.25)`` drafts at .25 with the same weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from dynaconv.dynamic.dial import DialLike
+from dynaconv.dynamic.dial import Dial, DialLike, as_dial
 from dynaconv.dynamic.per_thread import PerThread
 from dynaconv.dynamic.policy import Policy
 from dynaconv.dynamic.thresholds import Thresholds
@@ -24,11 +25,15 @@ class Surrounding(PerThread):
 
     Attributes:
         policy: That of the surrounding ``generate``; ``None`` outside of one: the model's own dial.
+        prompt: What its prompt is read under.
+        reading: Whether the prompt is being read.
         thresholds: Of the outermost ``generate``; one inside another has its own.
     """
 
     def __init__(self) -> None:
         self.policy: Policy | None = None
+        self.prompt: Policy | None = None
+        self.reading = False
         self.thresholds = Thresholds()
 
 
@@ -36,24 +41,55 @@ class DialedGeneration:
     """Mixin: ``generate`` with a dial."""
 
     surrounding: Surrounding
+    dial: Dial
 
     def policy(self, dial: DialLike, *, held: Thresholds | None = None) -> Policy:
         """Of the model."""
         raise NotImplementedError
 
+    def controlled(self, policy: Policy, dials: Dial | Sequence[Dial]) -> Policy:
+        """``policy`` with a controller, where ``dials`` want one."""
+        raise NotImplementedError
+
     def generate(self, *args: Any, dial: DialLike | None = None, **kwargs: Any) -> Any:
         """Stock ``generate`` at ``dial``: a budget, a :class:`Dial`, or one for each sequence of the batch."""
-        if dial is None:
+        if dial is None and self.surrounding.policy is not None:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
-        with self.dialed(dial):
+        with self.dialed(self.dial if dial is None else dial):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     @contextmanager
     def dialed(self, dial: DialLike) -> Iterator[None]:
-        """Calls inside that name no dial use ``dial``, in this thread."""
-        before = self.surrounding.policy
-        self.surrounding.policy = self.policy(dial, held=self.surrounding.thresholds if before is None else None)
+        """Calls inside that name no dial use ``dial``, in this thread, and prompts are read at ``dial.prompt``."""
+        around, dials = self.surrounding, as_dial(dial)
+        before = around.policy, around.prompt
+        policy = self.policy(dial, held=around.thresholds if around.policy is None else None)
+        around.policy, around.prompt = self.controlled(policy, dials), self._prompt_policy(dials)
         try:
             yield
         finally:
-            self.surrounding.policy = before
+            around.policy, around.prompt = before
+
+    def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any) -> Any:
+        """The stock one's; the first forward pass of assisted generation reads the prompt, too."""
+        self.surrounding.reading = self.surrounding.reading or bool(is_first_iteration)
+        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+            *args, is_first_iteration=is_first_iteration, **kwargs
+        )
+
+    def _prefill(self, input_ids: Any, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The stock one's, which reads the prompt; a draft model calls it again for each draft."""
+        cache = model_kwargs.get("past_key_values")
+        again = generation_config.is_assistant and cache is not None and cache.get_seq_length() > 0
+        self.surrounding.reading = not again
+        try:
+            return super()._prefill(  # type: ignore[misc]
+                input_ids, generation_config, model_kwargs, *args, **kwargs
+            )
+        finally:
+            self.surrounding.reading = False
+
+    def _prompt_policy(self, dials: Dial | Sequence[Dial]) -> Policy:
+        if isinstance(dials, Dial):
+            return self.policy(dials.prompt or Dial.full())
+        return self.policy([dial.prompt or Dial.full() for dial in dials])

@@ -50,10 +50,9 @@ class RouterLayout:
         linear: Whether there is a linear branch.
         rank: Hidden width of the Linear-SiLU-Linear branch; 0 where there is none.
         bound: Largest score of a kind whose scores are bounded.
-        bits: Bit planes of the weights' few-bit copy that a ``sketch`` reads; 0 for other kinds.
-        coarse: Those that it reads of all neurons; the others it reads of neurons only that come within ``reach`` nats
-            of the threshold by the first.
-        reach: See ``coarse``.
+        bits: Bit planes of the weights' few-bit copy that the second look of a ``sketch`` reads; 0 for other kinds.
+        coarse: Those that its first look reads of all neurons.
+        reach: How far below the threshold, in nats, the first look may put neurons that are looked at again.
     """
 
     kind: str = "none"

@@ -12,7 +12,7 @@ import copy
 import functools
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import cached_file
 
 from dynaconv.dynamic.call import Call, checkpoint_contexts
+from dynaconv.dynamic.controller import Controlled
 from dynaconv.dynamic.dial import Dial, DialLike, as_dial
 from dynaconv.dynamic.few_bits import FewBitCopy
 from dynaconv.dynamic.ffn import DynamicFFN
@@ -78,6 +79,20 @@ class DynamicMixin(DialedGeneration):
         if dial is None:
             return self.surrounding.policy or self._own_policy()
         return self._policy_of(as_dial(dial), held or Thresholds())
+
+    def controlled(self, policy: Policy, dials: Dial | Sequence[Dial]) -> Policy:
+        """``policy`` with a controller that holds the budgets of ``dials``, where these want one."""
+        if not isinstance(policy, ByThreshold):
+            return policy
+        each = [dials] if isinstance(dials, Dial) else list(dials)
+        slopes = [0.0 if dial.is_full or not dial.controlled else dial.slope(self.layout) for dial in each]
+        if not any(slopes):
+            return policy
+        budgets = torch.tensor([dial.resolved(self.layout) for dial in each], device=policy.thresholds.device)
+        shifts = torch.tensor(slopes, device=budgets.device)
+        if isinstance(dials, Dial):
+            budgets, shifts = budgets[0], shifts[0]
+        return Controlled(policy, budgets, shifts, self.ffns()[0].cost.bytes, len(self.layout.sites))
 
     def _own_policy(self) -> Policy:
         if isinstance(self._own, ByThreshold) and self._own.thresholds.device != self._device():
@@ -139,13 +154,19 @@ class DynamicMixin(DialedGeneration):
         """The policy of a forward pass: of the dial it names, of the call around it, or of the model's own dial."""
         if dial is None and self.call.policy is not None:
             return self.call.policy
+        around = self.surrounding
+        if dial is None and around.reading and around.policy is not None and around.prompt is not None:
+            around.reading = False  # of a prompt in several pieces, each is announced
+            return around.prompt
         policy = self.policy(dial)
-        if isinstance(policy, ByThreshold):  # checked here, since some models flatten the batch inside
+        if isinstance(policy, (ByThreshold, Controlled)):  # checked here, since some models flatten the batch inside
             inputs = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
             given = next((value for value in inputs if value is not None), None)
             if given is not None:
                 policy.require(given.shape[0])
-            if torch.is_grad_enabled():  # a recomputation needs these thresholds, whatever the dial is by then
+            if torch.is_grad_enabled() and isinstance(
+                policy, ByThreshold
+            ):  # a recomputation needs these thresholds, whatever the dial is by then
                 return policy.clone()
         return policy
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from dynaconv.dynamic.cost import FFNCost
 from dynaconv.dynamic.site import Site
 from dynaconv.kernels.choice import Choice, Subset
+from dynaconv.kernels.partition import Partition
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +59,16 @@ class Record:
         """
         if self.choice is None:
             return torch.ones(4, *self.x.shape[:-1], dtype=torch.float64, device=self.x.device)
-        partition = self.site.partition
-        active = self.choice.active_share(partition)
-        exact, closer = active, torch.zeros_like(active)
-        if isinstance(self.choice, Subset):
-            exact, closer = self.choice.exact_share(partition), self.choice.closer_share(partition)
+        active, exact, closer = shares_of(self.choice, self.site.partition)
         return torch.stack([active, exact, *(unit.of(active, exact, closer) for unit in self.cost)])
+
+
+def shares_of(choice: Choice, partition: Partition) -> tuple[Tensor, Tensor, Tensor]:
+    """Shares of the neurons that are active, have exact values, and were looked at twice, (...) float64 each."""
+    active = choice.active_share(partition)
+    if isinstance(choice, Subset):
+        return active, choice.exact_share(partition), choice.closer_share(partition)
+    return active, active, torch.zeros_like(active)
 
 
 class Recorder:

@@ -61,18 +61,17 @@ class NeuronScores:
     """How the scores of single neurons are distributed: what is compared, and what decides on a second look.
 
     Attributes:
-        compared: See :meth:`SketchRouter.forward`.
-        closer: Likewise; empty where the router looks once.
+        compared: See :meth:`SketchRouter.parts`.
+        closer: Likewise.
     """
 
     def __init__(self) -> None:
         self.compared, self.closer = ScoreHistogram(), ScoreHistogram()
 
-    def add(self, compared: Tensor, closer: Tensor | None) -> None:
+    def add(self, compared: Tensor, closer: Tensor) -> None:
         """Counts scores."""
         self.compared.add(compared)
-        if closer is not None:
-            self.closer.add(closer)
+        self.closer.add(closer)
 
     def threshold(self, budget: float, cost: UnitCost, margin: float = 0.0) -> float:
         """The threshold that spends ``budget``, as far as it can be spent.

@@ -1,11 +1,11 @@
 """Router kind ``sketch``: what each neuron would give, read off a few-bit copy of the weights themselves.
 
-A neuron is on where ``log(|act(gate^ x) (up^ x)| * ||down column||)`` is above the threshold, with gate^ and up^ the
-first bit planes of the copy (or, where FFNs have no gate, act(up^ x) alone). Nothing is trained: scores follow the
-weights. Scores of a layer are taken relative to its ``offset``, since contributions of layers do not compare.
-
-It may look twice: in few planes at all neurons, and in more at those that come within ``reach`` of the threshold, so
-that most bytes go to neurons that are about to be used. Ships with every exported model.
+A neuron gives ``|act(gate x) (up x)| * ||down column||`` (``|act(up x)| * ||down column||`` where FFNs have no gate).
+The router looks twice. First at the gate alone, in the fewest bits, for all neurons; up x is taken to be what it is for
+an input of that norm which points anywhere. Then at gate and up, in a few more bits, for the neurons that come within
+``reach`` of being used by the first look, so that most bytes go to neurons that are about to be used. A neuron is on
+where both looks say so. Nothing is trained: scores follow the weights. They are relative to the layer's ``offset``,
+since what layers add does not compare. Ships with every exported model.
 
 D residual width, F neurons.
 """
@@ -27,11 +27,11 @@ from dynaconv.kernels.partition import Partition
 from dynaconv.kernels.weights import FFNWeights
 
 SMALLEST = 1e-30
-"""Contributions below this count as this: a score is never minus infinity."""
+"""What neurons give that give less: a score is never minus infinity."""
 
 
 class SketchRouter(Router):
-    """F scores a token, in nats."""
+    """F scores of each look, in nats."""
 
     kind = "sketch"
     experts = "neurons"
@@ -57,48 +57,40 @@ class SketchRouter(Router):
         return {**self.__dict__, "_weights": None}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores of tokens ``x`` (..., D), float32, without gradient: (..., F), or (..., 2 F) where it looks twice.
-
-        Then the first F are what :meth:`choose` compares: what the second look gives, held down to ``reach`` above what
-        the first gives. The other F are what decides whether there is a second look: the first plus ``reach``.
-        """
+        """Scores (..., 2 F) float32 of tokens ``x`` (..., D), without gradient; :meth:`parts` says what they are."""
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            first, *second = (self._given(x, *sketch) for sketch in self.copy.sketches)
-            if not second:
-                return first
-            first = first + self.reach
-            return torch.cat([torch.minimum(second[0], first), first], dim=-1)
+            weights, copy = self._weights, self.copy
+            assert weights is not None, "the FFN hands over its weights before it asks for scores"
+            x, (gate, up) = x.to(copy.first.dtype), copy.second
+            gated, act = gate is not None, weights.activation
+            first = act(linear(x, copy.first, weights.gate_bias if gated else weights.up_bias))
+            second = linear(x, up, weights.up_bias)
+            second = act(second) if gate is None else act(linear(x, gate, weights.gate_bias)) * second
+            size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32) if gated else 1.0
+            looked = self._score(first, copy.sizes * size) + self.reach
+            return torch.cat([torch.minimum(self._score(second, copy.norms), looked), looked], dim=-1)
 
-    def _given(self, x: Tensor, gate: Tensor | None, up: Tensor) -> Tensor:
-        """What each neuron would give by matrices ``gate`` and ``up``, (..., F) in nats, relative to the offset."""
-        weights = self._weights
-        assert weights is not None, "the FFN hands over its weights before it asks for scores"
-        x = x.to(up.dtype)
-        given = linear(x, up, weights.up_bias)
-        if gate is None:
-            given = weights.activation(given)
-        else:
-            given = weights.activation(linear(x, gate, weights.gate_bias)) * given
-        return (given.float().abs() * self.copy.norms).clamp_min(SMALLEST).log() - self.offset
+    def _score(self, given: Tensor, size: Tensor) -> Tensor:
+        return (given.float().abs() * size).clamp_min(SMALLEST).log() - self.offset
+
+    def parts(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """What is compared with the threshold, and what decides on a second look, (..., F) each.
+
+        The second is the score of the first look plus ``reach``; the first is the lower one of that and of the score of
+        the second look: whatever the threshold, it is passed by those that both looks pass.
+        """
+        compared, looked = scores.chunk(2, dim=-1)
+        return compared, looked
 
     def choose(self, scores: Tensor, threshold: Tensor | float) -> Choice:
         """See :meth:`Router.choose`."""
-        compared, closer = self.parts(scores)
-        threshold = as_threshold(threshold, scores)[..., None]
-        return Subset(compared > threshold, closer=None if closer is None else closer > threshold)
-
-    def parts(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The two halves of ``scores`` (see :meth:`forward`), (..., F) each; no second one where it looks once."""
-        if scores.shape[-1] == self.blocks:
-            return scores, None
-        compared, closer = scores.chunk(2, dim=-1)
-        return compared, closer
+        (compared, looked), threshold = self.parts(scores), as_threshold(threshold, scores)[..., None]
+        return Subset(compared > threshold, closer=looked > threshold)
 
     def top(self, x: Tensor, width: int) -> Choice:
         """See :meth:`Router.top`. All neurons are looked at twice."""
-        compared, closer = self.parts(self(x))
-        chosen = top_mask(compared, width)
-        return chosen if closer is None else replace(chosen, closer=torch.ones_like(chosen.on))
+        chosen = top_mask(self.parts(self(x))[0], width)
+        return replace(chosen, closer=torch.ones_like(chosen.on))
 
     def threshold_range(self) -> tuple[float, float]:
         """See :meth:`Router.threshold_range`."""
