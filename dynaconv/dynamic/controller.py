@@ -3,7 +3,7 @@
 Thresholds are calibrated on some text; on other text they spend more or less. A controller shifts them by what has been
 spent too much so far, token by token and therefore causally. Its state belongs to one call of ``generate``.
 
-L sites, S dials.
+B sequences, L sites, S dials.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ GAIN = 0.1
 
 @dataclass(eq=False)
 class Controlled:
-    """Policy of routers whose thresholds follow what was spent.
+    """Policy of routers whose thresholds follow what each sequence has spent.
 
     Attributes:
         policy: The calibrated thresholds.
-        budgets: Asked for, (), or (S,) with one dial a sequence.
-        slopes: How much a threshold rises for each unit of budget less, likewise.
+        budgets: Asked for, (S,): one for all sequences, or one each.
+        slopes: How much thresholds rise for each unit of budget less, likewise.
         cost: Of a site, in bytes.
         sites: L.
-        excess: Bytes spent too much over all tokens so far, shares of the FFN, likewise.
+        excess: Bytes that each sequence of the batch has spent too much over all its tokens, shares of the FFN, (B,).
     """
 
     policy: ByThreshold
@@ -46,25 +46,31 @@ class Controlled:
     def __post_init__(self) -> None:
         self.excess = torch.zeros_like(self.budgets)
 
+    def require(self, sequences: int) -> None:
+        """Says of how many sequences the next forward pass is; another number than before begins anew.
+
+        Raises:
+            ValueError: The number of dials does not divide the batch.
+        """
+        self.policy.require(sequences)
+        if len(self.excess) != sequences:
+            self.excess = self.excess.new_zeros(sequences)
+
     def decide(self, site: Site, router: Router, x: Tensor) -> Decision:
-        """What each token uses at the shifted thresholds; the shift moves on behind the last site."""
-        shift = (GAIN * self.slopes * self.excess)[..., None]
-        exact = None if self.policy.exact is None else self.policy.exact + shift
-        policy = replace(self.policy, thresholds=self.policy.thresholds + shift, exact=exact)
-        decision = policy.decide(site, router, x)
+        """What each token uses at the shifted thresholds of its sequence."""
+        repeats = len(self.excess) // len(self.budgets)
+        budgets, slopes = (one.repeat_interleave(repeats) for one in (self.budgets, self.slopes))
+        shift = (GAIN * slopes * self.excess)[:, None]
+        thresholds, exact = (None if one is None else _by_row(one, len(shift)) + shift
+                             for one in (self.policy.thresholds, self.policy.exact))  # fmt: skip
+        assert thresholds is not None
+        decision = replace(self.policy, thresholds=thresholds, exact=exact).decide(site, router, x)
         if decision.choice is not None:
-            spent = self.cost.of(*shares_of(decision.choice, site.partition))  # (B, T)
-            self._observe(spent.float())
+            spent = self.cost.of(*shares_of(decision.choice, site.partition)).view(len(shift), -1).float()
+            self.excess += (spent.mean(1) - budgets) * (spent.shape[1] / self.sites)  # each site is an L-th of a token
         return decision
 
-    def require(self, sequences: int) -> None:
-        """See :meth:`ByThreshold.require`."""
-        self.policy.require(sequences)
 
-    def _observe(self, spent: Tensor) -> None:
-        """Adds what the tokens of a site have spent, (B, T) or (B * T): each site is an L-th of its token."""
-        dials = self.budgets.numel()
-        by_dial = spent.reshape(dials, -1)  # one dial a sequence, in order
-        tokens = by_dial.shape[1] if self.budgets.dim() else 1  # sequences of one dial count as one
-        over = (by_dial.mean(1) - self.budgets.view(-1)) * tokens / self.sites
-        self.excess += over.view_as(self.excess)
+def _by_row(thresholds: Tensor, rows: int) -> Tensor:
+    """``thresholds``, (L,) or (S, L), of each of ``rows`` sequences."""
+    return thresholds if thresholds.dim() == 1 else thresholds.repeat_interleave(rows // len(thresholds), dim=0)

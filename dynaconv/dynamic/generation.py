@@ -52,19 +52,31 @@ class DialedGeneration:
         raise NotImplementedError
 
     def generate(self, *args: Any, dial: DialLike | None = None, **kwargs: Any) -> Any:
-        """Stock ``generate`` at ``dial``: a budget, a :class:`Dial`, or one for each sequence of the batch."""
+        """Stock ``generate`` at ``dial``: a budget, a :class:`Dial`, or one for each sequence of the batch.
+
+        With a draft (``assistant_model``, ``prompt_lookup_num_tokens``) no controller runs, so that tokens do not
+        depend on what was drafted.
+        """
         if dial is None and self.surrounding.policy is not None:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
-        with self.dialed(self.dial if dial is None else dial):
+        drafted = any(kwargs.get(name) is not None for name in ("assistant_model", "prompt_lookup_num_tokens"))
+        drafting = getattr(kwargs.get("generation_config"), "is_assistant", False)
+        with self.dialed(self.dial if dial is None else dial, controlled=not (drafted or drafting)):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     @contextmanager
-    def dialed(self, dial: DialLike) -> Iterator[None]:
-        """Calls inside that name no dial use ``dial``, in this thread, and prompts are read at ``dial.prompt``."""
+    def dialed(self, dial: DialLike, *, controlled: bool = False) -> Iterator[None]:
+        """Calls inside that name no dial use ``dial``, in this thread, and prompts are read at ``dial.prompt``.
+
+        Args:
+            dial: See :func:`as_dial`.
+            controlled: Hold the budget, where the dial wants it held.
+        """
         around, dials = self.surrounding, as_dial(dial)
         before = around.policy, around.prompt
         policy = self.policy(dial, held=around.thresholds if around.policy is None else None)
-        around.policy, around.prompt = self.controlled(policy, dials), self._prompt_policy(dials)
+        around.policy = self.controlled(policy, dials) if controlled else policy
+        around.prompt = self._prompt_policy(dials)
         try:
             yield
         finally:

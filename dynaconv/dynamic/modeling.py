@@ -88,11 +88,10 @@ class DynamicMixin(DialedGeneration):
         slopes = [0.0 if dial.is_full or not dial.controlled else dial.slope(self.layout) for dial in each]
         if not any(slopes):
             return policy
-        budgets = torch.tensor([dial.resolved(self.layout) for dial in each], device=policy.thresholds.device)
-        shifts = torch.tensor(slopes, device=budgets.device)
-        if isinstance(dials, Dial):
-            budgets, shifts = budgets[0], shifts[0]
-        return Controlled(policy, budgets, shifts, self.ffns()[0].cost.bytes, len(self.layout.sites))
+        device = policy.thresholds.device
+        budgets = torch.tensor([dial.resolved(self.layout) for dial in each], device=device)
+        cost, sites = self.ffns()[0].cost.bytes, len(self.layout.sites)
+        return Controlled(policy, budgets, torch.tensor(slopes, device=device), cost, sites)
 
     def _own_policy(self) -> Policy:
         if isinstance(self._own, ByThreshold) and self._own.thresholds.device != self._device():
