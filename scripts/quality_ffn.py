@@ -138,24 +138,25 @@ class Parent:
         Args:
             method: The baseline.
             inputs: What :meth:`inputs` gave for calibration text.
-            batches: Windows of one size.
+            batches: Windows.
             wanted: The parent's most likely tokens on them.
         """
         networks = [method.fit(ffn, own) for ffn, own in zip(self.ffns, inputs, strict=True)]
         with self._replaced(networks) as spent:
             got = score(self.model, batches, parent=wanted)
-        shares = Shares(*(sum(values) / len(spent) for values in zip(*spent, strict=True)))
-        return MethodScore(got.loss, got.agreement, shares.bytes, shares.flops, shares.active)
+        tokens = sum(count for count, _ in spent)
+        means = Shares(*(sum(count * own[i] for count, own in spent) / tokens for i in range(len(Shares._fields))))
+        return MethodScore(got.loss, got.agreement, means.bytes, means.flops, means.active)
 
     @contextmanager
-    def _replaced(self, networks: Sequence[Network]) -> Iterator[list[Shares]]:
-        """Has ``networks`` compute the FFNs, and gathers the shares of every call."""
-        spent: list[Shares] = []
+    def _replaced(self, networks: Sequence[Network]) -> Iterator[list[tuple[int, Shares]]]:
+        """Has ``networks`` compute the FFNs, and gathers tokens and shares of every call."""
+        spent: list[tuple[int, Shares]] = []
 
         def forward(network: Network) -> Callable[[Tensor], Tensor]:
             def run(x: Tensor) -> Tensor:
                 y, shares = network(x)
-                spent.append(shares)
+                spent.append((x[..., 0].numel(), shares))
                 return y
 
             return run

@@ -208,6 +208,9 @@ class Oracle:
         return run
 
 
+BASELINES = [kind.name for kind in (Symmetric, Asymmetric, HQQ, TEAL, CATS, CoarseExperts, Oracle)]
+
+
 def peers(say: Callable[[str], None]) -> list[Method]:
     """All baselines at all settings, but for those whose library is missing: ``say`` is told."""
     found: list[Method] = [Symmetric(bits) for bits in (8, 4, 3, 2)] + [Asymmetric(bits) for bits in (8, 4, 3, 2)]
