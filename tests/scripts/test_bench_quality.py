@@ -17,10 +17,7 @@ from dynaconv.errors import ConfigError
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 SETTINGS = {"model": "tiny", "valid": "valid.txt", "tokens": 1000}
-MODULES = (
-    "bench_quality",
-    *(f"quality_{name}" for name in ("plot", "rows", "text", "tuned", "ffn", "peers", "quantised")),
-)
+PARTS = ("plot", "rows", "text", "tuned", "ffn", "peers", "quantised")
 
 
 @pytest.fixture
