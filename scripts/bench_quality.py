@@ -50,7 +50,7 @@ from dynaconv.recipes import compose
 RECIPES = ("default", "routed")  # our own, without fine-tuning
 STAGES = ["profile", "carve", "calibrate", "export"]
 HELD_OUT = 0.3  # of the calibration text, for calibrate: the rest is profiled, and nothing is trained
-CALIBRATION_WINDOWS = 16  # that baselines take their thresholds and experts from
+CALIBRATION_WINDOWS = 32  # that baselines take their thresholds and experts from
 
 
 class Half(Enum):

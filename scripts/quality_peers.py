@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from quality_ffn import FFN, Method, Network, Shares
-from quality_quantised import HQQ, Asymmetric, Symmetric
+from quality_quantised import GPTQ, HQQ, Asymmetric, Symmetric
 from torch import Tensor
 from torch.nn.functional import linear, normalize, one_hot
 
@@ -208,12 +208,13 @@ class Oracle:
         return run
 
 
-BASELINES = [kind.name for kind in (Symmetric, Asymmetric, HQQ, TEAL, CATS, CoarseExperts, Oracle)]
+BASELINES = [kind.name for kind in (Symmetric, Asymmetric, GPTQ, HQQ, TEAL, CATS, CoarseExperts, Oracle)]
 
 
 def peers(say: Callable[[str], None]) -> list[Method]:
     """All baselines at all settings, but for those whose library is missing: ``say`` is told."""
     found: list[Method] = [Symmetric(bits) for bits in (8, 4, 3, 2)] + [Asymmetric(bits) for bits in (8, 4, 3, 2)]
+    found += [GPTQ(bits) for bits in (4, 3, 2)] + [GPTQ(bits, 64) for bits in (4, 3, 2)]
     if HQQ.missing():
         say("rows of HQQ are left out: the hqq package is not installed (pip install hqq)")
     else:

@@ -8,6 +8,7 @@ from typing import Any
 
 OWN = ("default", "tune", "routed", "nested", "static-half")  # our recipes, trained or not, are drawn thicker
 LINEAR = 0.01  # nats; the loss axis is linear below and logarithmic above, so that gains over the parent show too
+HIGHEST = 3.0  # nats; what is worse is not worth a look
 TICKS = (0.0625, 0.125, 0.25, 0.5, 1.0)
 
 
@@ -31,6 +32,8 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
     axes.set_yscale("symlog", linthresh=LINEAR)
+    losses = [loss for seeds in content["curves"].values() for points in seeds for _, loss in points]
+    axes.set_ylim(min(losses, default=0.0) - LINEAR / 4, min(HIGHEST, 1.2 * max(losses, default=1.0)))
     axes.set(xlabel="share of the parent's FFN bytes read for a token", ylabel="nats a token over the parent")
     settings = content["settings"]
     axes.set_title(f"{settings['model']} on {settings['valid']}", fontsize=10)

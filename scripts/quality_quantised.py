@@ -1,4 +1,4 @@
-"""Training-free baselines that read every weight in fewer bits: round to nearest, and HQQ.
+"""Training-free baselines that read every weight in fewer bits: round to nearest, HQQ, and GPTQ.
 
 Codes are for groups of weights along the input. A group's scale, and its minimum or zero point, are fp16 and counted.
 """
@@ -45,14 +45,17 @@ class Quantised:
         return (self.bits + 16 * self.constants / self.group) / PARENT_BITS
 
     def fit(self, ffn: FFN, inputs: Tensor) -> Network:
-        """The FFN with rounded weights; ``inputs`` are not looked at."""
+        """The FFN with rounded weights."""
         matrices = (ffn.gate, ffn.up, ffn.down)
-        gate, up, down = (self.rounded(weight) for weight in matrices)
-        rounded = FFN(gate, up, down, ffn.activation)
+        rounded = self.rounded_ffn(ffn, inputs)
         groups = sum(len(weight) * -(-weight.shape[1] // self.group) for weight in matrices)
         weights = sum(weight.numel() for weight in matrices)
         read = (self.bits + 16 * self.constants * groups / weights) / PARENT_BITS
         return lambda x: (linear(rounded.hidden(x), rounded.down), Shares(read, 1.0, 1.0))
+
+    def rounded_ffn(self, ffn: FFN, inputs: Tensor) -> FFN:
+        """``ffn`` with rounded weights; ``inputs`` are not looked at."""
+        return FFN(self.rounded(ffn.gate), self.rounded(ffn.up), self.rounded(ffn.down), ffn.activation)
 
     def rounded(self, weight: Tensor) -> Tensor:
         """``(rows, columns)`` as its codes say it; a last group that is not full has a scale of its own."""
@@ -87,10 +90,49 @@ class Asymmetric(Quantised):
 
     def rounded_groups(self, groups: Tensor) -> Tensor:
         """Minimums and scales are rounded to fp16 first, so that codes are right for what is stored."""
-        top = 2**self.bits - 1
+        return self._nearest(groups, *self._grid(groups))
+
+    def _grid(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Minimum and scale of each group, ``(groups, 1)``."""
         least = _fp16(groups.amin(1, keepdim=True))
-        scale = _fp16((groups.amax(1, keepdim=True) - least) / top)
-        return ((groups - least) / _not_zero(scale)).round().clamp(0, top) * scale + least
+        return least, _fp16((groups.amax(1, keepdim=True) - least) / (2**self.bits - 1))
+
+    def _nearest(self, values: Tensor, least: Tensor, scale: Tensor) -> Tensor:
+        return ((values - least) / _not_zero(scale)).round().clamp(0, 2**self.bits - 1) * scale + least
+
+
+class GPTQ(Asymmetric):
+    """GPTQ (arXiv 2210.17323): columns are rounded one after the other, and later ones make up for the error.
+
+    What it keeps small is the error of the matrix's output on calibration text. Asymmetric codes; a group's minimum
+    and scale are taken when its first column is reached; columns in their own order; 1 % damping. All inputs are the
+    dense model's, while the paper's are those of the model rounded so far.
+    """
+
+    name = "GPTQ"
+
+    def rounded_ffn(self, ffn: FFN, inputs: Tensor) -> FFN:
+        """``ffn`` with weights rounded for ``inputs``."""
+        outer, inner = _error_factor(inputs), _error_factor(ffn.hidden(inputs))
+        gate, up = self.compensated(ffn.gate, outer), self.compensated(ffn.up, outer)
+        return FFN(gate, up, self.compensated(ffn.down, inner), ffn.activation)
+
+    def compensated(self, weight: Tensor, factor: Tensor) -> Tensor:
+        """``(rows, columns)`` rounded; ``factor`` is what :func:`_error_factor` makes of its inputs."""
+        left, found = weight.float().clone(), torch.empty_like(weight)
+        for start in range(0, weight.shape[1], self.group):
+            group = left[:, start : start + self.group]  # a view: what is made up for shows
+            grid, within = self._grid(group), factor[start : start + self.group, start : start + self.group]
+            errors = torch.empty_like(group)
+            for i in range(group.shape[1]):
+                column = group[:, i : i + 1]
+                rounded = self._nearest(column, *grid)
+                found[:, start + i] = rounded[:, 0]
+                errors[:, i] = (column - rounded)[:, 0] / within[i, i]
+                group[:, i + 1 :] -= errors[:, i : i + 1] * within[i, i + 1 :]
+            stop = start + group.shape[1]
+            left[:, stop:] -= errors @ factor[start:stop, stop:]
+        return found
 
 
 class HQQ(Quantised):
@@ -129,6 +171,13 @@ class HQQ(Quantised):
         )
         values: Tensor = (codes.float() - _fp16(meta["zero"])) * _fp16(meta["scale"])
         return values
+
+
+def _error_factor(inputs: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse second moment of ``(M, columns)`` inputs, damped: ``(columns, columns)``."""
+    moment = inputs.double().t() @ inputs.double()
+    moment.diagonal().add_(0.01 * moment.diagonal().mean())
+    return torch.linalg.cholesky(torch.linalg.inv(moment), upper=True).float()
 
 
 def _fp16(values: Tensor) -> Tensor:

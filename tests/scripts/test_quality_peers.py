@@ -147,6 +147,20 @@ def test_rounding_to_nearest(lib: Any) -> None:
     assert torch.equal(lib.Symmetric(4).rounded(torch.zeros(2, 32)), torch.zeros(2, 32))
 
 
+def test_gptq_makes_up_for_rounding_on_its_inputs(lib: Any, scene: Scene) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(512, 40, generator=generator) @ torch.randn(40, 40, generator=generator)  # they correlate
+    weight = torch.randn(24, 40, generator=generator)
+    rounded = lib.GPTQ(3).compensated(weight, lib._error_factor(inputs))
+    plain = lib.Asymmetric(3).rounded(weight)
+    errors = [float((inputs @ (other - weight).t()).square().mean()) for other in (rounded, plain)]
+    assert errors[0] < 0.7 * errors[1]
+    assert all(len(rounded[row, part].unique()) <= 8 for row in range(24) for part in (slice(0, 32), slice(32, 40)))
+    white = torch.eye(40)  # nothing to make up with
+    assert torch.equal(lib.GPTQ(3).compensated(weight, lib._error_factor(white)), plain)
+    assert scene.score(lib.GPTQ(2)).loss < scene.score(lib.Asymmetric(2)).loss
+
+
 def test_the_library_is_only_needed_where_it_is_used(lib: Any, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(lib.HQQ, "missing", staticmethod(lambda: True))
