@@ -19,6 +19,7 @@ train some copies (--only); each writes the result file from all rows that are t
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -119,23 +120,25 @@ def main(
     silence_libraries()
     os.environ["OMP_NUM_THREADS"] = str(threads)  # else every stage chooses by measuring
     torch.set_num_threads(threads)
+    chosen = wanted(only, [*RECIPES, *BASELINES] if training_free else [copy.name for copy in COPIES])
     text = calibration or training_text(runs / "train.txt", exclude.split(","))
     settings = {"model": model.name, "valid": valid.name, "windows": count, "length": length, "dtype": half.value}
     settings["text"] = calibration.name if calibration else f"package sources but {exclude}"
     files: dict[Path, dict[str, Any]] = {runs / "rows" / "training-free.json": settings}
     files |= {runs / "rows" / f"{copy.name}-{tokens}.json": {**settings, "tokens": tokens} for copy in COPIES}
     judge = Judge(half_precision(model, runs / f"{model.name}-{half.value}", half.dtype), valid, count, length)
-    chosen = wanted(only, [copy.name for copy in COPIES] if not training_free else [*RECIPES, *BASELINES])
     if training_free:
         measure_training_free(judge, judge.rows(*next(iter(files.items()))), text, runs, chosen)
     else:
         for copy, (path, own) in zip(COPIES, list(files.items())[1:], strict=True):
             if copy.name in chosen:
                 measure_tuned(judge, judge.rows(path, own, copy.seed), copy, text, runs, tokens)
+    mode = ["--training-free"] if training_free else ["--tokens", str(tokens)]
+    mode += ["--calibration", calibration.name] if calibration else []
+    command = ["python", "scripts/bench_quality.py", model.name, valid.name, *mode, "--windows", str(count)]
+    head = {"command": shlex.join(command), "settings": {**settings, "tokens": tokens}, "torch": torch.__version__}
     rows = [row for path, own in files.items() for row in known_rows(path, own)]
     rows = [row for i, row in enumerate(rows) if i == 0 or row["weights"] != "parent"]
-    command = f"python scripts/bench_quality.py {model.name} {valid.name} --tokens {tokens}"
-    head = {"command": command, "settings": {**settings, "tokens": tokens}, "torch": torch.__version__}
     content = head | {"summary": summary(rows), "curves": curves(rows), "rows": rows}
     write_json(out, content)
     draw(content, picture)

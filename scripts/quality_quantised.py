@@ -71,9 +71,9 @@ class Quantised:
 
 
 class Symmetric(Quantised):
-    """Round to nearest, symmetric: a scale for each group, codes from -(2^(bits-1) - 1) to 2^(bits-1) - 1."""
+    """Round to nearest (RTN), symmetric: a scale for each group, codes from -(2^(bits-1) - 1) to 2^(bits-1) - 1."""
 
-    name = "round to nearest, symmetric"
+    name = "RTN symmetric"
     constants = 1
 
     def rounded_groups(self, groups: Tensor) -> Tensor:
@@ -84,9 +84,9 @@ class Symmetric(Quantised):
 
 
 class Asymmetric(Quantised):
-    """Round to nearest, asymmetric: a minimum and a scale for each group, codes from 0 to 2^bits - 1."""
+    """Round to nearest (RTN), asymmetric: a minimum and a scale for each group, codes from 0 to 2^bits - 1."""
 
-    name = "round to nearest, asymmetric"
+    name = "RTN asymmetric"
 
     def rounded_groups(self, groups: Tensor) -> Tensor:
         """Minimums and scales are rounded to fp16 first, so that codes are right for what is stored."""
