@@ -110,7 +110,7 @@ def main(
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = LENGTH,
     half: Annotated[Half, typer.Option("--dtype", help="Type of the weights that all methods get.")] = Half.bf16,
     tokens: Annotated[int, typer.Option(help="Fine-tuning tokens of each copy.")] = 1_000_000,
-    only: Annotated[str, typer.Option(help="Baselines and recipes, or copies, to measure now.")] = "",
+    only: Annotated[str, typer.Option(help="What to measure now, as 'TEAL;default'.")] = "",
     runs: Annotated[Path, typer.Option(help="Where trained copies and rows are kept.")] = Path("runs/bench-quality"),
     out: Annotated[Path, typer.Option(help="Result file.")] = Path("benchmarks/quality.json"),
     picture: Annotated[Path, typer.Option(help="The curves.")] = Path("docs/quality.png"),
@@ -150,7 +150,7 @@ def wanted(only: str, names: list[str]) -> set[str]:
     Raises:
         ConfigError: It names something else.
     """
-    chosen = set(only.split(",")) if only else set(names)
+    chosen = set(only.split(";")) if only else set(names)
     for name in sorted(chosen - set(names)):
         raise ConfigError(f"--only knows no {name!r}", hint=suggest(name, names))
     return chosen

@@ -3,7 +3,8 @@
 Each is one class: a paper, what of it is implemented, what is left out, and what a token costs. Costs are shares of the
 parent's FFN in bf16 with everything counted that is read for a token: scales and minimums in fp16, routers. Positions
 of what is read (indices) and turning codes into numbers are not counted. All are applied to the FFNs alone, and none
-trains anything. Those that read every weight in fewer bits are in ``quality_quantised.py``.
+trains anything. Those that read every weight in fewer bits are in ``quality_quantised.py``; those that leave weights
+out take such codes in place of the bf16 weights, since both save bytes.
 
 D residual width, F FFN width, M calibration tokens.
 """
@@ -15,12 +16,15 @@ from dataclasses import dataclass
 
 import torch
 from quality_ffn import FFN, Method, Network, Shares
-from quality_quantised import GPTQ, HQQ, Asymmetric, Symmetric
+from quality_quantised import GPTQ, GROUP, HQQ, Asymmetric, Exact, Quantised, Symmetric
 from torch import Tensor
 from torch.nn.functional import linear, normalize, one_hot
 
 from dynaconv.errors import ConfigError
 from dynaconv.profile.clusters import balanced_clusters
+
+Codes = Exact | Quantised
+EXACT = Exact()
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,16 @@ class TEAL:
 
     Attributes:
         sparsity: Share of the inputs that is left out, in [0, 1).
+        codes: What weights are kept as.
     """
 
     sparsity: float
-    name = "TEAL"
+    codes: Codes = EXACT
+
+    @property
+    def name(self) -> str:
+        """With the codes."""
+        return f"TEAL{self.codes.suffix}"
 
     @property
     def setting(self) -> str:
@@ -50,14 +60,17 @@ class TEAL:
 
     def fit(self, ffn: FFN, inputs: Tensor) -> Network:
         """Thresholds for the FFN's input and for its hidden activations."""
+        read, ffn = self.codes.columns_read, self.codes.rounded_ffn(ffn, inputs)
         outer = magnitude_quantile(inputs, self.sparsity)
         inner = magnitude_quantile(ffn.hidden(inputs), self.sparsity)
 
         def run(x: Tensor) -> tuple[Tensor, Shares]:
-            x, read = _largest(x, outer)
-            hidden, active = _largest(ffn.hidden(x), inner)
-            used = (2 * read + active) / 3
-            return linear(hidden, ffn.down), Shares(used, used, active)
+            seen = x.abs() >= outer
+            hidden = ffn.hidden(x * seen)
+            active = hidden.abs() >= inner
+            flops = (2 * _share(seen) + _share(active)) / 3
+            shares = Shares((2 * read(seen) + read(active)) / 3, flops, _share(active))
+            return linear(hidden * active, ffn.down), shares
 
         return run
 
@@ -71,10 +84,16 @@ class CATS:
 
     Attributes:
         kept: Share of the neurons that is kept on the calibration text, in (0, 1].
+        codes: What weights are kept as.
     """
 
     kept: float
-    name = "CATS"
+    codes: Codes = EXACT
+
+    @property
+    def name(self) -> str:
+        """With the codes."""
+        return f"CATS{self.codes.suffix}"
 
     @property
     def setting(self) -> str:
@@ -88,12 +107,16 @@ class CATS:
 
     def fit(self, ffn: FFN, inputs: Tensor) -> Network:
         """The threshold."""
+        codes, ffn = self.codes, self.codes.rounded_ffn(ffn, inputs)
         threshold = magnitude_quantile(ffn.activation(linear(inputs, ffn.gate)), 1 - self.kept)
+        row = codes.columns_read(torch.ones(len(ffn.down), dtype=torch.bool))
 
         def run(x: Tensor) -> tuple[Tensor, Shares]:
-            gate, active = _largest(ffn.activation(linear(x, ffn.gate)), threshold)
-            used = (1 + 2 * active) / 3
-            return linear(gate * linear(x, ffn.up), ffn.down), Shares(used, used, active)
+            gate = ffn.activation(linear(x, ffn.gate))
+            on = gate.abs() >= threshold
+            active = _share(on)
+            read = (row + active * row + codes.columns_read(on)) / 3
+            return linear(gate * on * linear(x, ffn.up), ffn.down), Shares(read, (1 + 2 * active) / 3, active)
 
         return run
 
@@ -179,10 +202,16 @@ class Oracle:
 
     Attributes:
         kept: Share of the neurons of each token.
+        codes: What weights are kept as.
     """
 
     kept: float
-    name = "oracle (choice not counted)"
+    codes: Codes = EXACT
+
+    @property
+    def name(self) -> str:
+        """With the codes."""
+        return f"oracle (choice not counted){self.codes.suffix}"
 
     @property
     def setting(self) -> str:
@@ -195,34 +224,40 @@ class Oracle:
         return self.kept
 
     def fit(self, ffn: FFN, inputs: Tensor) -> Network:
-        """``inputs`` are not looked at."""
+        """``inputs`` are not looked at, but by the codes."""
+        codes, ffn = self.codes, self.codes.rounded_ffn(ffn, inputs)
         norms, count = ffn.down.norm(dim=0), round(self.kept * len(ffn.gate))
-        used = count / len(ffn.gate)
+        row, active = codes.columns_read(torch.ones(len(ffn.down), dtype=torch.bool)), count / len(ffn.gate)
 
         def run(x: Tensor) -> tuple[Tensor, Shares]:
             hidden = ffn.hidden(x)
             best = (hidden.abs() * norms).topk(count, -1).indices
-            on = torch.zeros_like(hidden).scatter_(-1, best, 1.0)
-            return linear(hidden * on, ffn.down), Shares(used, used, used)
+            on = torch.zeros_like(hidden, dtype=torch.bool).scatter_(-1, best, True)
+            read = (2 * active * row + codes.columns_read(on)) / 3
+            return linear(hidden * on, ffn.down), Shares(read, active, active)
 
         return run
 
 
-BASELINES = [kind.name for kind in (Symmetric, Asymmetric, GPTQ, HQQ, TEAL, CATS, CoarseExperts, Oracle)]
-
-
 def peers(say: Callable[[str], None]) -> list[Method]:
     """All baselines at all settings, but for those whose library is missing: ``say`` is told."""
-    found: list[Method] = [Symmetric(bits) for bits in (8, 4, 3, 2)] + [Asymmetric(bits) for bits in (8, 4, 3, 2)]
-    found += [GPTQ(bits) for bits in (4, 3, 2)] + [GPTQ(bits, 64) for bits in (4, 3, 2)]
     if HQQ.missing():
         say("rows of HQQ are left out: the hqq package is not installed (pip install hqq)")
-    else:
-        found += [HQQ(bits) for bits in (4, 3, 2)] + [HQQ(bits, 64) for bits in (4, 3, 2)]
-    found += [TEAL(sparsity) for sparsity in (0.25, 0.4, 0.5, 0.625, 0.75)]
-    found += [CATS(kept) for kept in (0.7, 0.5, 0.3, 0.2, 0.1)]
-    found += [CoarseExperts(active) for active in (14, 12, 8, 6, 4)]
-    return found + [Oracle(kept) for kept in (0.5, 0.375, 0.25, 0.125, 0.0625)]
+    return [method for method in METHODS if not (isinstance(method, HQQ) and HQQ.missing())]
+
+
+METHODS: list[Method] = [
+    *(kind(bits) for kind in (Symmetric, Asymmetric) for bits in (8, 4, 3, 2)),
+    *(kind(bits, group) for kind in (GPTQ, HQQ) for group in (GROUP, 2 * GROUP) for bits in (4, 3, 2)),
+    *(TEAL(sparsity) for sparsity in (0.25, 0.4, 0.5, 0.625, 0.75)),
+    *(TEAL(sparsity, Asymmetric(4)) for sparsity in (0.25, 0.4, 0.5, 0.625, 0.75)),
+    *(CATS(kept) for kept in (0.7, 0.5, 0.3, 0.2, 0.1)),
+    *(CATS(kept, Asymmetric(4)) for kept in (0.7, 0.5, 0.3, 0.1)),
+    *(CoarseExperts(active) for active in (14, 12, 8, 6, 4)),
+    *(Oracle(kept) for kept in (0.5, 0.375, 0.25, 0.125, 0.0625)),
+    *(Oracle(kept, Asymmetric(4)) for kept in (0.5, 0.25, 0.125, 0.0625)),
+]
+BASELINES = list(dict.fromkeys(method.name for method in METHODS))
 
 
 def magnitude_quantile(values: Tensor, share: float) -> Tensor:
@@ -233,7 +268,5 @@ def magnitude_quantile(values: Tensor, share: float) -> Tensor:
     return values.abs().flatten().kthvalue(min(below + 1, values.numel())).values
 
 
-def _largest(values: Tensor, threshold: Tensor) -> tuple[Tensor, float]:
-    """``values`` with 0 for what is below the threshold, and the share that is not."""
-    on = values.abs() >= threshold
-    return torch.where(on, values, 0.0), float(on.float().mean())
+def _share(on: Tensor) -> float:
+    return float(on.float().mean())

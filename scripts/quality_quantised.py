@@ -20,6 +20,20 @@ GROUP = 32  # weights along the input that share a scale
 PARENT_BITS = 16  # of a weight in bf16
 
 
+class Exact:
+    """The parent's own bf16 weights: what baselines that leave weights out read by default."""
+
+    suffix = ""
+
+    def rounded_ffn(self, ffn: FFN, inputs: Tensor) -> FFN:
+        """``ffn`` itself."""
+        return ffn
+
+    def columns_read(self, on: Tensor) -> float:
+        """Mean share of a bf16 matrix that is read for the columns that are ``on``, ``(..., columns)`` bool."""
+        return float(on.float().mean())
+
+
 @dataclass(frozen=True)
 class Quantised:
     """All FFN weights rounded to few bits, and read for every token.
@@ -46,12 +60,24 @@ class Quantised:
 
     def fit(self, ffn: FFN, inputs: Tensor) -> Network:
         """The FFN with rounded weights."""
-        matrices = (ffn.gate, ffn.up, ffn.down)
         rounded = self.rounded_ffn(ffn, inputs)
-        groups = sum(len(weight) * -(-weight.shape[1] // self.group) for weight in matrices)
-        weights = sum(weight.numel() for weight in matrices)
-        read = (self.bits + 16 * self.constants * groups / weights) / PARENT_BITS
+        outer, inner = (self.columns_read(torch.ones(len(matrix), dtype=torch.bool)) for matrix in (ffn.down, ffn.gate))
+        read = (2 * outer + inner) / 3
         return lambda x: (linear(rounded.hidden(x), rounded.down), Shares(read, 1.0, 1.0))
+
+    @property
+    def suffix(self) -> str:
+        """What is added to the name of a baseline that leaves some of these weights out."""
+        return f" on {self.name}, {self.setting}"
+
+    def columns_read(self, on: Tensor) -> float:
+        """Mean share of a bf16 matrix that is read for the columns that are ``on``, ``(..., columns)`` bool.
+
+        Of a group with any column that is on, scale and minimum are read.
+        """
+        touched = pad(on, (0, -on.shape[-1] % self.group)).unflatten(-1, (-1, self.group)).any(-1)
+        groups = float(touched.float().mean()) * touched.shape[-1] / on.shape[-1]  # for each column
+        return (self.bits * float(on.float().mean()) + 16 * self.constants * groups) / PARENT_BITS
 
     def rounded_ffn(self, ffn: FFN, inputs: Tensor) -> FFN:
         """``ffn`` with rounded weights; ``inputs`` are not looked at."""

@@ -107,7 +107,7 @@ def test_one_command_measures_the_baselines(bench: Any, tmp_path: Path, text_fil
         bench.main(model, text_file, True, picture=tmp_path / "quality.png", exclude="", **_rest(bench), **options)
         return read_json(out)
 
-    found = measure("TEAL,oracle (choice not counted)")
+    found = measure("TEAL;oracle (choice not counted)")
     copy = Checkpoint.open(runs / "model-bf16")
     assert copy.dtype == torch.bfloat16 and Checkpoint.open(model).dtype == torch.float32
     assert {row["weights"] for row in found["rows"]} == {"parent", "TEAL", "oracle (choice not counted)"}

@@ -98,12 +98,14 @@ def test_fewer_bits_cost_more_loss(lib: Any, scene: Scene) -> None:
 def test_less_of_the_ffn_costs_more_loss_and_what_is_kept_is_counted(lib: Any, scene: Scene) -> None:
     for kind, settings in ((lib.TEAL, (0.25, 0.5, 0.75)), (lib.CATS, (0.75, 0.5, 0.1)), (lib.Oracle, (0.5, 0.25, 0.1))):
         got = [scene.score(kind(setting)) for setting in settings]
-        assert got[0].loss < got[1].loss < got[2].loss, kind.name
-        assert got[0].bytes_share > got[1].bytes_share > got[2].bytes_share, kind.name
-        for row, setting in zip(
-            got, settings, strict=True
-        ):  # thresholds are the dense model's, so shares drift a little
-            assert row.bytes_share == row.flops_share == pytest.approx(kind(setting).share, abs=0.05), kind.name
+        assert got[0].loss < got[1].loss < got[2].loss, kind
+        assert got[0].bytes_share > got[1].bytes_share > got[2].bytes_share, kind
+        for row, setting in zip(got, settings, strict=True):
+            near = pytest.approx(
+                kind(setting).share, abs=0.05
+            )  # thresholds are the dense model's: shares drift a little
+            assert (row.bytes_share, row.flops_share) == (near, near), kind
+            assert row.bytes_share == pytest.approx(row.flops_share), kind
 
 
 @pytest.mark.parametrize(
@@ -122,6 +124,21 @@ def test_bytes_of_quantised_weights(lib: Any, kind: str, bits: int, share: float
     if kind != "HQQ":  # its library may be missing
         ffn = lib.FFN(torch.randn(96, 64), torch.randn(96, 64), torch.randn(64, 96), torch.nn.functional.silu)
         assert method.fit(ffn, torch.empty(0, 64))(torch.randn(2, 64))[1] == (share, 1.0, 1.0)
+
+
+def test_weights_that_are_left_out_can_have_few_bits_too(lib: Any, scene: Scene) -> None:
+    codes = lib.Asymmetric(4)
+    on = torch.zeros(2, 96, dtype=torch.bool)
+    on[0, :5] = True  # one group of three, and for the other token none
+    assert codes.columns_read(on) == pytest.approx((4 * 5 + 32) / (2 * 96 * 16))
+    for method in (lib.TEAL(0.0, codes), lib.CATS(1.0, codes), lib.Oracle(1.0, codes)):
+        assert torch.equal(scene.logits(method), scene.logits(codes)), method.name
+        assert scene.score(method).bytes_share == pytest.approx(0.3125), method.name
+        assert method.name.endswith(" on RTN asymmetric, 4 bits")
+    for kind, setting in ((lib.TEAL, 0.5), (lib.CATS, 0.5), (lib.Oracle, 0.25)):
+        few, exact = scene.score(kind(setting, codes)), scene.score(kind(setting))
+        assert few.flops_share == pytest.approx(exact.flops_share, abs=0.02), kind
+        assert 0.25 * exact.bytes_share < few.bytes_share < 0.3125 * exact.bytes_share + 0.0625, kind
 
 
 def test_a_group_that_is_not_full_has_a_scale_of_its_own(lib: Any) -> None:
