@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from quality_ffn import FFN, Network, Shares
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear, normalize, pad
 
 from dynaconv.errors import ConfigError
 
@@ -132,14 +132,15 @@ class GPTQ(Asymmetric):
 
     What it keeps small is the error of the matrix's output on calibration text. Asymmetric codes; a group's minimum
     and scale are taken when its first column is reached; columns in their own order; 1 % damping. All inputs are the
-    dense model's, while the paper's are those of the model rounded so far.
+    dense model's, while the paper's are those of the model rounded so far. Inputs are normalised by token: as they
+    are, the few tokens with massive activations decide alone, and the others come out worse than rounded to nearest.
     """
 
     name = "GPTQ"
 
     def rounded_ffn(self, ffn: FFN, inputs: Tensor) -> FFN:
         """``ffn`` with weights rounded for ``inputs``."""
-        outer, inner = _error_factor(inputs), _error_factor(ffn.hidden(inputs))
+        outer, inner = _error_factor(normalize(inputs)), _error_factor(normalize(ffn.hidden(inputs)))
         gate, up = self.compensated(ffn.gate, outer), self.compensated(ffn.up, outer)
         return FFN(gate, up, self.compensated(ffn.down, inner), ffn.activation)
 
