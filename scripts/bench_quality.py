@@ -1,317 +1,186 @@
-"""What routing is worth: losses at equal active share, against every baseline, on the same weights and tokens.
+"""What a dial is worth: losses at equal cost, against every baseline, on the same weights and tokens.
 
+    python scripts/bench_quality.py MODEL VALID.txt --training-free
     python scripts/bench_quality.py MODEL VALID.txt
 
-MODEL is a dense checkpoint, VALID.txt text that neither it nor the fine-tuning has seen. Trains a copy by each recipe,
-and one densely, on the same tokens, then scores each policy on 160 random windows of 256 tokens. Training text is an
-equal share of every package on this machine; by size, a few large ones would drown the rest. Shares are matched by
-solving the threshold on those windows while gated: one number is fitted, to share and not to loss.
+MODEL is a dense checkpoint, VALID.txt text that neither it nor the fine-tuning has seen. All methods get the same bf16
+weights (a copy is made of other checkpoints), compute in float32, and are scored on the same random windows.
 
-Resumable: trained copies and finished rows are kept in --runs. Several processes may each train some copies (--only);
-each writes the result file from all rows that are there.
+With --training-free: the baselines of ``quality_peers.py`` and our own recipes without fine-tuning, at every budget of
+their calibrated dials. Without: a copy trained by each recipe, and one densely, on the same tokens
+(``quality_tuned.py``). Budgets of those are matched by solving the threshold on the scored windows while gated: one
+number is fitted, to cost and not to loss.
+
+By default the text to calibrate and train on is an equal share of every package on this machine; by size, a few large
+ones would drown the rest. Resumable: trained copies and finished rows are kept in --runs. Several processes may each
+train some copies (--only); each writes the result file from all rows that are there.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import random
-import sysconfig
-import time
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from quality_ffn import MethodScore, Parent
+from quality_peers import BASELINES, peers
 from quality_plot import draw
+from quality_rows import Rows, curves, known_rows, summary
+from quality_text import LENGTH, WINDOWS, half_precision, training_text, windows
+from quality_tuned import COPIES, Copy, load_float, run, score_copy, untrained
 
+from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.arch.stock import load_dense
-from dynaconv.artifacts.files import read_json, write_json
-from dynaconv.artifacts.run import Run
-from dynaconv.calibrate.solve import solve_budget
+from dynaconv.artifacts.files import write_json
 from dynaconv.cli.quiet import silence_libraries
-from dynaconv.config import RunConfig
 from dynaconv.data.tokenizer import load_tokenizer
-from dynaconv.data.windows import Batch
-from dynaconv.dynamic.policy import ByThreshold, Full, Policy, Static, Uniform, at_one_threshold
-from dynaconv.evaluation.baselines import oracle_routers, recorded_widths, shuffled, static_widths
+from dynaconv.dynamic.dial import Dial
+from dynaconv.dynamic.policy import Policy
+from dynaconv.errors import ConfigError, suggest
+from dynaconv.evaluation.cost import CostModel
 from dynaconv.evaluation.scoring import Score, most_likely, score
-from dynaconv.pipeline.runner import run_pipeline
-from dynaconv.progress import Progress
 from dynaconv.recipes import compose
 
-SHARES = (0.25, 0.375, 0.5)
-PACKAGE_CHARACTERS = 60_000  # of each package, at most
-WINDOWS, LENGTH, BATCH = 160, 256, 16
-DENSE = [  # plain training likes larger steps than a dial's; of 4, 8 and 16 windows at 3e-4, 16 did best
-    "finetune.losses.full.weight=1",
-    "finetune.losses.distill.weight=0",
-    "finetune.losses.distill_full.weight=0",
-    "finetune.batch_size=16",
-    "finetune.learning_rate=3e-4",
-]
-OWN_POLICY = {  # what each recipe makes, by the policy it is meant for
-    "routed": "routed",
-    "nested": "routed",
-    "nested-difficulty": "routed",
-    "nested-uniform": "uniform width",
-    "static-half": "uniform width",
-}
+RECIPES = ("default", "routed")  # our own, without fine-tuning
+STAGES = ["profile", "carve", "calibrate", "export"]
+HELD_OUT = 0.3  # of the calibration text, for calibrate: the rest is profiled, and nothing is trained
+CALIBRATION_WINDOWS = 32  # that baselines take their thresholds and experts from
 
 
-@dataclass(frozen=True)
-class Copy:
-    """A copy to train.
+class Half(Enum):
+    """What the weights of all methods are rounded to first; both take two bytes."""
 
-    Attributes:
-        weights: The recipe, or ``dense``: plain training of the parent.
-        seed: Seeds data order and dial.
-    """
-
-    weights: str
-    seed: int
+    bf16 = "bf16"
+    fp16 = "fp16"
 
     @property
-    def name(self) -> str:
-        """Of its folder and its rows."""
-        return f"{self.weights}-{self.seed}"
-
-    def config(self, model: Path, text: Path, tokens: int) -> RunConfig:
-        """The recipe on ``text``."""
-        overrides = [f"finetune.tokens={tokens}", f"seed={self.seed}", "finetune.wandb=off"]
-        dense = self.weights == "dense"
-        config = compose("nested-uniform" if dense else self.weights, overrides + DENSE * dense)
-        config.source, config.data.train = str(model), [str(text)]
-        return config
-
-
-COPIES = (
-    Copy("routed", 0),
-    Copy("routed", 1),
-    Copy("nested", 0),
-    Copy("nested-uniform", 0),
-    Copy("nested", 1),
-    Copy("nested-uniform", 1),
-    Copy("nested-difficulty", 0),
-    Copy("static-half", 0),
-    Copy("dense", 0),
-)
+    def dtype(self) -> torch.dtype:
+        """Torch's."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}[self.value]
 
 
 @dataclass
-class Rows:
-    """Measured rows of one copy in a file of their own; a row that is there is not measured again."""
+class Judge:
+    """The parent, and the windows on which everything is scored.
 
-    path: Path
-    settings: dict[str, Any]
-    copy: Copy
+    Attributes:
+        model: The checkpoint in half precision.
+        valid: Text to score on.
+        count: Windows of it.
+        length: Tokens of a window.
+    """
+
+    model: Path
+    valid: Path
+    count: int
+    length: int
 
     def __post_init__(self) -> None:
-        self.rows: list[dict[str, Any]] = known_rows(self.path, self.settings)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.tokenizer, self.checkpoint = load_tokenizer(self.model), Checkpoint.open(self.model)
+        self.batches = list(windows(self.tokenizer, self.valid, self.count, self.length))
+        self.parent = load_dense(self.model, torch.device("cpu")).float()
+        self.wanted = most_likely(self.parent, self.batches)
 
-    def row(self, weights: str, policy: str, share: float, measure: Callable[[], Score]) -> dict[str, Any]:
-        """Measures and saves one row, or finds it."""
-        key = {"weights": weights, "seed": self.copy.seed, "policy": policy, "share": share}
-        for row in self.rows:
-            if all(row[name] == value for name, value in key.items()):
-                return row
-        got = measure()
-        row = key | {"loss": got.loss, "active_share": got.active_share, "agreement": got.agreement}
-        row["width_by_layer"] = list(got.widths)
-        self.rows.append(row)
-        write_json(self.path, {"settings": self.settings, "rows": self.rows})
-        typer.echo(f"{weights:18} {policy:26} asked {share:.3f} spent {got.active_share:.4f} loss {got.loss:.4f}")
-        return row
+    def rows(self, path: Path, settings: dict[str, Any], seed: int = 0) -> Rows:
+        """The rows at ``path``, the parent's first."""
+        cost = CostModel.of(self.checkpoint, context=self.length // 2)
+        rows = Rows(path, settings, seed, cost.ffn / (cost.attention + cost.ffn + cost.head))
+        rows.row("parent", "dense", 1.0, lambda: MethodScore(score(self.parent, self.batches).loss, 1.0, 1.0, 1.0, 1.0))
+        return rows
 
-
-def known_rows(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the file at ``path`` that were measured with ``settings``."""
-    known = read_json(path) if path.is_file() else {}
-    return known["rows"] if known.get("settings") == settings else []
+    def measure(self, network: Any, policy: Callable[[], Policy | None]) -> Callable[[], Score]:
+        """Scores ``network`` when called."""
+        return lambda: score(network, self.batches, policy(), parent=self.wanted)
 
 
 def main(
     model: Annotated[Path, typer.Argument(help="Dense checkpoint.")],
     valid: Annotated[Path, typer.Argument(help="Text nobody has trained on.")],
+    training_free: Annotated[bool, typer.Option("--training-free", help="Baselines and recipes, untrained.")] = False,
+    calibration: Annotated[Path | None, typer.Option(help="Text to calibrate and train on; package sources.")] = None,
+    exclude: Annotated[str, typer.Option(help="Packages left out of the package sources.")] = "rich,typer,idlelib",
+    count: Annotated[int, typer.Option("--windows", help="Windows that are scored.")] = WINDOWS,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = LENGTH,
+    half: Annotated[Half, typer.Option("--dtype", help="Type of the weights that all methods get.")] = Half.bf16,
     tokens: Annotated[int, typer.Option(help="Fine-tuning tokens of each copy.")] = 1_000_000,
-    exclude: Annotated[str, typer.Option(help="Packages left out of the training text.")] = "rich,typer,idlelib",
-    only: Annotated[str, typer.Option(help="Copies to train now, as nested-0,dense-0; all by default.")] = "",
+    only: Annotated[str, typer.Option(help="What to measure now, as 'TEAL;default'.")] = "",
     runs: Annotated[Path, typer.Option(help="Where trained copies and rows are kept.")] = Path("runs/bench-quality"),
     out: Annotated[Path, typer.Option(help="Result file.")] = Path("benchmarks/quality.json"),
     picture: Annotated[Path, typer.Option(help="The curves.")] = Path("docs/quality.png"),
     threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
 ) -> None:
-    """Trains, scores, writes the table, draws it."""
+    """Converts, scores, writes the table, draws it."""
     silence_libraries()
     os.environ["OMP_NUM_THREADS"] = str(threads)  # else every stage chooses by measuring
     torch.set_num_threads(threads)
-    text = training_text(runs / "train.txt", exclude.split(","))
-    settings = {"model": model.name, "valid": valid.name, "tokens": tokens, "excluded": exclude}
-    batches = list(windows(load_tokenizer(model), valid))
-    parent = load_dense(model, torch.device("cpu"))
-    wanted = most_likely(parent, batches)
-
-    def measure(network: Any, policy: Callable[[], Policy | None]) -> Callable[[], Score]:
-        return lambda: score(network, batches, policy(), parent=wanted)
-
-    for copy in COPIES:
-        if only and copy.name not in only.split(","):
-            continue
-        table = Rows(runs / "rows" / f"{copy.name}-{tokens}.json", settings, copy)
-        table.row("parent", "dense", 1.0, measure(parent, Full))
-        folder = train(copy.config(model, text, tokens), runs / f"{copy.name}-{tokens}")
-        if copy.weights in ("routed", "nested") and copy.seed == 0:
-            untrained(table, folder["carve"], measure, batches)
-        score_copy(table, folder["finetune"], measure, batches)
-    rows = [row for copy in COPIES for row in known_rows(runs / "rows" / f"{copy.name}-{tokens}.json", settings)]
+    chosen = wanted(only, [*RECIPES, *BASELINES] if training_free else [copy.name for copy in COPIES])
+    text = calibration or training_text(runs / "train.txt", exclude.split(","))
+    settings = {"model": model.name, "valid": valid.name, "windows": count, "length": length, "dtype": half.value}
+    settings["text"] = calibration.name if calibration else f"package sources but {exclude}"
+    files: dict[Path, dict[str, Any]] = {runs / "rows" / "training-free.json": settings}
+    files |= {runs / "rows" / f"{copy.name}-{tokens}.json": {**settings, "tokens": tokens} for copy in COPIES}
+    judge = Judge(half_precision(model, runs / f"{model.name}-{half.value}", half.dtype), valid, count, length)
+    if training_free:
+        measure_training_free(judge, judge.rows(*next(iter(files.items()))), text, runs, chosen)
+    else:
+        for copy, (path, own) in zip(COPIES, list(files.items())[1:], strict=True):
+            if copy.name in chosen:
+                measure_tuned(judge, judge.rows(path, own, copy.seed), copy, text, runs, tokens)
+    mode = ["--training-free"] if training_free else ["--tokens", str(tokens)]
+    mode += ["--calibration", calibration.name] if calibration else []
+    command = ["python", "scripts/bench_quality.py", model.name, valid.name, *mode, "--windows", str(count)]
+    head = {"command": shlex.join(command), "settings": {**settings, "tokens": tokens}, "torch": torch.__version__}
+    rows = [row for path, own in files.items() for row in known_rows(path, own)]
     rows = [row for i, row in enumerate(rows) if i == 0 or row["weights"] != "parent"]
-    command = f"python scripts/bench_quality.py {model.name} {valid.name} --tokens {tokens}"
-    head = {"command": command, "settings": settings, "torch": torch.__version__}
-    content = head | {"summary": summary(rows), "rows": rows}
+    content = head | {"summary": summary(rows), "curves": curves(rows), "rows": rows}
     write_json(out, content)
     draw(content, picture)
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Each recipe by its own policy, against plain dense training on the same tokens; lists are by seed.
+def wanted(only: str, names: list[str]) -> set[str]:
+    """What ``--only`` names, or all.
 
-    ``loss`` by share; ``full_dial_cost``: relative loss of the full dial over dense training's; ``perplexity_over``:
-    relative perplexity over dense training's, by share; ``ahead``: nats by which the mean of routed, or of nested, is
-    below another's.
+    Raises:
+        ConfigError: It names something else.
     """
-    losses: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
-        if row["policy"] in (OWN_POLICY.get(row["weights"]), "full dial", "dense"):
-            losses.setdefault(row["weights"], {}).setdefault(f"{row['share']:g}", []).append(row["loss"])
-    found: dict[str, Any] = {"loss": losses}
-    if "dense" in losses:
-        dense = losses["dense"]["1"][0]
-        dials = {name: by_share for name, by_share in losses.items() if name in OWN_POLICY}
-        found["full_dial_cost"] = {
-            name: [loss / dense - 1 for loss in by_share["1"]] for name, by_share in dials.items() if "1" in by_share
-        }
-        found["perplexity_over"] = {
-            name: {share: [math.expm1(loss - dense) for loss in each] for share, each in by_share.items()}
-            for name, by_share in dials.items()
-        }
-    found["ahead"] = {ours: _ahead(ours, losses) for ours in ("routed", "nested") if ours in losses}
-    return found
+    chosen = set(only.split(";")) if only else set(names)
+    for name in sorted(chosen - set(names)):
+        raise ConfigError(f"--only knows no {name!r}", hint=suggest(name, names))
+    return chosen
 
 
-def _ahead(ours: str, losses: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
-    own = losses[ours]
-    return {
-        name: {share: _mean(each) - _mean(own[share]) for share, each in by_share.items() if share in own}
-        for name, by_share in losses.items()
-        if name in OWN_POLICY and name != ours
-    }
+def measure_training_free(judge: Judge, rows: Rows, text: Path, runs: Path, chosen: set[str]) -> None:
+    """Rows of the baselines, and of our own recipes at every budget of their dials."""
+    parent = Parent(judge.parent, judge.checkpoint)
+    inputs = parent.inputs(windows(judge.tokenizer, text, CALIBRATION_WINDOWS, judge.length, seed=8))
+    for method in peers(typer.echo):
+        if method.name in chosen:
+            scored = partial(parent.score, method, inputs, judge.batches, judge.wanted)
+            rows.row(method.name, method.setting, method.share, scored)
+    for recipe in RECIPES:
+        if recipe in chosen:
+            config = compose(recipe, ["export.check=false", f"data.validation_share={HELD_OUT}"])
+            config.source, config.data.train, config.stages = str(judge.model), [str(text)], STAGES
+            config.data.sequence_length = judge.length
+            own = load_float(run(config, runs / f"{recipe}-training-free", "export")["export"])
+            for budget in own.layout.dial.budgets:
+                policy = partial(own.policy, Dial(budget=budget))
+                rows.row(f"{recipe}, training-free", f"budget {budget:g}", budget, judge.measure(own, policy))
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def train(config: RunConfig, path: Path) -> dict[str, Path]:
-    """Profile, carve and finetune in ``path``; the folder of each stage."""
-    began = time.monotonic()
-    run = Run.open(path) if (path / "manifest.json").is_file() else Run.create(path)
-    with Progress() as progress:
-        outcomes = run_pipeline(config, run, until="finetune", progress=progress)
-    typer.echo(f"{path.name}: {time.monotonic() - began:.0f} s")
-    return {outcome.name: outcome.folder for outcome in outcomes}
-
-
-def training_text(path: Path, exclude: list[str], characters: int = PACKAGE_CHARACTERS) -> Path:
-    """Python source of the standard library and of installed packages, at most ``characters`` of each; made once."""
-    if path.is_file():
-        return path
-    paths = sysconfig.get_paths()
-    skipped = {*exclude, "site-packages", "encodings", "pydoc_data", "lib2to3"}
-    packages: dict[str, list[Path]] = {}
-    for root in (Path(paths["purelib"]), Path(paths["stdlib"])):
-        for file in sorted(root.rglob("*.py")):
-            parts = file.relative_to(root).parts
-            if not skipped & set(parts):
-                packages.setdefault(f"{root.name}/{parts[0] if len(parts) > 1 else ''}", []).append(file)
-    documents = []
-    for files in packages.values():
-        random.Random(0).shuffle(files)
-        left = characters
-        for file in files:
-            source = file.read_text(encoding="utf-8", errors="ignore")[:left]
-            documents += [source] if source.strip() else []
-            left -= len(source)
-            if left <= 0:
-                break
-    random.Random(0).shuffle(documents)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("<|endoftext|>".join(documents), encoding="utf-8")
-    return path
-
-
-def windows(tokenizer: Any, valid: Path) -> Iterator[Batch]:
-    """160 windows at random places of the text, batch after batch of 16."""
-    ids = tokenizer(valid.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
-    tokens, generator = torch.tensor(ids), torch.Generator().manual_seed(7)
-    for _ in range(WINDOWS // BATCH):
-        starts = torch.randint(0, len(tokens) - LENGTH - 1, (BATCH,), generator=generator)
-        yield Batch(torch.stack([tokens[i : i + LENGTH] for i in starts]))
-
-
-def untrained(table: Rows, folder: Path, measure: Any, batches: list[Batch]) -> None:
-    """The carved checkpoint before any fine-tuning: closed-form routers against uniform widths."""
-    from dynaconv.dynamic.modeling import load
-
-    model, name = load(folder).eval(), f"carved for {table.copy.weights}"
-    for share in SHARES:
-        table.row(name, "uniform width", share, measure(model, partial(uniform, model, share)))
-        table.row(name, "closed-form router", share, measure(model, partial(routed, model, batches, share)))
-
-
-def score_copy(table: Rows, folder: Path, measure: Any, batches: list[Batch]) -> None:
-    """Every policy on one trained copy; the oracle on the first seed only."""
-    from dynaconv.dynamic.modeling import load
-
-    weights, model = table.copy.weights, load(folder).eval()
-    if weights == "static-half":
-        table.row(weights, "uniform width", 0.5, measure(model, partial(uniform, model, 0.5)))
-        return
-    table.row(weights, "full dial", 1.0, measure(model, Full))
-    if weights == "dense":
-        return
-    for share in SHARES:
-        table.row(weights, "uniform width", share, measure(model, partial(uniform, model, share)))
-        if model.layout.router.kind != "none":
-            score_routed(table, model, share, measure, batches)
-        if weights in ("nested", "nested-uniform") and table.copy.seed == 0:
-            with oracle_routers(model):
-                table.row(weights, "label oracle", share, measure(model, partial(routed, model, batches, share)))
-
-
-def score_routed(table: Rows, model: Any, share: float, measure: Any, batches: list[Batch]) -> None:
-    """The routers, and what their widths are worth by layer only, and on random tokens."""
-    weights, policy = table.copy.weights, cache(partial(routed, model, batches, share))
-    row = table.row(weights, "routed", share, measure(model, policy))
-    if weights == "nested":
-        static = Static(static_widths(row["width_by_layer"], model.layout.blocks))
-        table.row(weights, "static widths by layer", share, measure(model, lambda: static))
-        replay = cache(lambda: shuffled(recorded_widths(model, batches, policy()), seed=0))
-        table.row(weights, "same widths, random tokens", share, measure(model, replay))
-
-
-def uniform(model: Any, share: float) -> Uniform:
-    """One width for all tokens and layers; of routed experts, each token's best so many."""
-    return Uniform(round(share * model.layout.blocks))
-
-
-def routed(model: Any, batches: list[Batch], share: float) -> ByThreshold:
-    """The routers at the threshold that spends ``share`` of the FFNs on ``batches``."""
-    solved = solve_budget(model, batches, share, tolerance=0.002, iterations=10)
-    return at_one_threshold(solved.threshold, model.layout.layers)
+def measure_tuned(judge: Judge, rows: Rows, copy: Copy, text: Path, runs: Path, tokens: int) -> None:
+    """Rows of one trained copy, and of what it was before where that is asked for."""
+    folder = run(copy.config(judge.model, text, tokens), runs / f"{copy.name}-{tokens}", "finetune")
+    if copy.weights in ("routed", "nested") and copy.seed == 0:
+        untrained(rows, copy, folder["carve"], judge.measure, judge.batches)
+    score_copy(rows, copy, folder["finetune"], judge.measure, judge.batches)
 
 
 if __name__ == "__main__":

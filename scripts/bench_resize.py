@@ -28,7 +28,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from bench_quality import training_text, windows
+from quality_text import training_text, windows
 from resize_clones import Sources, separation
 from resize_plot import draw
 from resize_rows import Bench, Result, Row, end_loss, tokens_to_reach
