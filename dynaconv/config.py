@@ -167,7 +167,7 @@ class SketchConfig:
 
     coarse_bits: int = 2
     bits: int = 3
-    reach: float = 0.7
+    reach: float = 0.5
     low_bits: int = 4
     group: int = 32
     values: str = "mixed"

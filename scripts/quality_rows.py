@@ -14,6 +14,7 @@ from dynaconv.artifacts.files import read_json, write_json
 
 SHARES = ("bytes_share", "flops_share", "active_share")
 OWN_POLICY = {  # what each recipe makes, by the policy it is meant for
+    "tune": "sketched",
     "routed": "routed",
     "nested": "routed",
     "nested-difficulty": "routed",
@@ -115,7 +116,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             name: {share: [math.expm1(loss - dense) for loss in each] for share, each in by_share.items()}
             for name, by_share in dials.items()
         }
-    found["ahead"] = {ours: _ahead(ours, losses) for ours in ("routed", "nested") if ours in losses}
+    found["ahead"] = {ours: _ahead(ours, losses) for ours in ("tune", "routed", "nested") if ours in losses}
     return found
 
 

@@ -21,10 +21,12 @@ from dynaconv.dynamic.policy import ByThreshold, Full, Policy, Static, Uniform, 
 from dynaconv.evaluation.baselines import oracle_routers, recorded_widths, shuffled, static_widths
 from dynaconv.evaluation.scoring import Score
 from dynaconv.pipeline.runner import run_pipeline
+from dynaconv.profile.gated import exact_margin, gated_policy, solve_neurons
 from dynaconv.progress import Progress
 from dynaconv.recipes import compose
 
 BUDGETS = (0.25, 0.375, 0.5)
+NEURON_BUDGETS = (0.1, 0.11, 0.125, 0.15, 0.2, 0.25, 0.35)
 Measure = Callable[[Any, Callable[[], Policy | None]], Callable[[], Score]]
 DENSE = [  # plain training likes larger steps than a dial's; of 4, 8 and 16 windows at 3e-4, 16 did best
     "finetune.losses.full.weight=1",
@@ -62,6 +64,8 @@ class Copy:
 
 
 COPIES = (
+    Copy("tune", 0),
+    Copy("tune", 1),
     Copy("routed", 0),
     Copy("routed", 1),
     Copy("nested", 0),
@@ -108,6 +112,10 @@ def score_copy(table: Rows, copy: Copy, folder: Path, measure: Measure, batches:
     table.row(weights, "full dial", 1.0, measure(model, Full))
     if weights == "dense":
         return
+    if weights == "tune":
+        for budget, policy in sketched(model, batches).items():
+            table.row(weights, "sketched", budget, measure(model, policy))
+        return
     for share in BUDGETS:
         table.row(weights, "uniform width", share, measure(model, partial(uniform, model, share)))
         if model.layout.router.kind != "none":
@@ -126,6 +134,13 @@ def score_routed(table: Rows, weights: str, model: Any, share: float, measure: M
         table.row(weights, "static widths by layer", share, measure(model, lambda: static))
         replay = cache(lambda: shuffled(recorded_widths(model, batches, policy()), seed=0))
         table.row(weights, "same widths, random tokens", share, measure(model, replay))
+
+
+def sketched(model: Any, batches: list[Batch]) -> dict[float, Callable[[], ByThreshold]]:
+    """The sketch routers at the thresholds that spend each of :data:`NEURON_BUDGETS` on ``batches``."""
+    table = solve_neurons(model, batches, NEURON_BUDGETS, measure_means=False, tolerance=0.002)
+    margin, budgets = exact_margin(model), zip(NEURON_BUDGETS, table.thresholds, strict=False)
+    return {budget: partial(gated_policy, model, budget, row[0], margin) for budget, row in budgets}
 
 
 def uniform(model: Any, share: float) -> Uniform:

@@ -26,6 +26,7 @@ class Surrounding(PerThread):
     Attributes:
         policy: That of the surrounding ``generate``; ``None`` outside of one: the model's own dial.
         prompt: What its prompt is read under.
+        prompt_tokens: How many tokens it has; 0 where that is not known.
         reading: Whether the prompt is being read.
         thresholds: Of the outermost ``generate``; one inside another has its own.
     """
@@ -33,6 +34,7 @@ class Surrounding(PerThread):
     def __init__(self) -> None:
         self.policy: Policy | None = None
         self.prompt: Policy | None = None
+        self.prompt_tokens = 0
         self.reading = False
         self.thresholds = Thresholds()
 
@@ -61,26 +63,29 @@ class DialedGeneration:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         drafted = any(kwargs.get(name) is not None for name in ("assistant_model", "prompt_lookup_num_tokens"))
         drafting = getattr(kwargs.get("generation_config"), "is_assistant", False)
-        with self.dialed(self.dial if dial is None else dial, controlled=not (drafted or drafting)):
+        given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+        prompt = next((one.shape[1] for one in given if one is not None), 0)
+        with self.dialed(self.dial if dial is None else dial, controlled=not (drafted or drafting), prompt=prompt):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     @contextmanager
-    def dialed(self, dial: DialLike, *, controlled: bool = False) -> Iterator[None]:
+    def dialed(self, dial: DialLike, *, controlled: bool = False, prompt: int = 0) -> Iterator[None]:
         """Calls inside that name no dial use ``dial``, in this thread, and prompts are read at ``dial.prompt``.
 
         Args:
             dial: See :func:`as_dial`.
             controlled: Hold the budget, where the dial wants it held.
+            prompt: Tokens of the prompt.
         """
         around, dials = self.surrounding, as_dial(dial)
-        before = around.policy, around.prompt
+        before = around.policy, around.prompt, around.prompt_tokens
         policy = self.policy(dial, held=around.thresholds if around.policy is None else None)
         around.policy = self.controlled(policy, dials) if controlled else policy
-        around.prompt = self._prompt_policy(dials)
+        around.prompt, around.prompt_tokens = self._prompt_policy(dials), prompt
         try:
             yield
         finally:
-            around.policy, around.prompt = before
+            around.policy, around.prompt, around.prompt_tokens = before
 
     def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any) -> Any:
         """The stock one's; the first forward pass of assisted generation reads the prompt, too."""

@@ -32,7 +32,7 @@ from dynaconv.dynamic.few_bits import FewBitCopy
 from dynaconv.dynamic.ffn import DynamicFFN
 from dynaconv.dynamic.generation import DialedGeneration, Surrounding
 from dynaconv.dynamic.layout import LAYOUT_FILE, OPERATING_POINT_FILE, ROUTER_FILE, Layout
-from dynaconv.dynamic.policy import ByThreshold, Full, Policy, Uniform
+from dynaconv.dynamic.policy import AfterPrompt, ByThreshold, Full, Policy, Uniform
 from dynaconv.dynamic.projections import rebind
 from dynaconv.dynamic.routers.base import Router
 from dynaconv.dynamic.routers.kinds import KINDS
@@ -154,13 +154,15 @@ class DynamicMixin(DialedGeneration):
         if dial is None and self.call.policy is not None:
             return self.call.policy
         around = self.surrounding
+        inputs = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+        given = next((value for value in inputs if value is not None), None)
+        policy = self.policy(dial)
         if dial is None and around.reading and around.policy is not None and around.prompt is not None:
             around.reading = False  # of a prompt in several pieces, each is announced
-            return around.prompt
-        policy = self.policy(dial)
+            tokens, prompt = 0 if given is None else given.shape[1], around.prompt_tokens
+            drafted = 0 < prompt < tokens and isinstance(around.prompt, Full)
+            return AfterPrompt(policy, prompt, tokens) if drafted else around.prompt
         if isinstance(policy, (ByThreshold, Controlled)):  # checked here, since some models flatten the batch inside
-            inputs = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-            given = next((value for value in inputs if value is not None), None)
             if given is not None:
                 policy.require(given.shape[0])
             if torch.is_grad_enabled() and isinstance(

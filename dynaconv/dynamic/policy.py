@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynaconv.dynamic.routers.base import Router
 from dynaconv.dynamic.site import Site
-from dynaconv.kernels.choice import Choice, Subset
+from dynaconv.kernels.choice import Choice, Prefix, Subset
 
 
 class Decision(NamedTuple):
@@ -148,6 +148,30 @@ def by_sequence(values: Tensor, x: Tensor) -> Tensor:
     return values.view(values.shape[0], *(1,) * (x.dim() - 2), *values.shape[1:])
 
 
+@dataclass(frozen=True)
+class AfterPrompt:
+    """Policy of sequences whose beginning is a prompt, read at the full dial; the rest is up to another policy.
+
+    Attributes:
+        policy: Of the rest.
+        prompt: Tokens of the prompt.
+        length: Tokens of a sequence.
+    """
+
+    policy: Policy
+    prompt: int
+    length: int
+
+    def decide(self, site: Site, router: Router, x: Tensor) -> Decision:
+        """What the tokens use; all of the prompt's use everything."""
+        found = self.policy.decide(site, router, x)
+        if found.choice is None:
+            return found
+        rows = x.numel() // x.shape[-1]
+        prompt = (torch.arange(rows, device=x.device) % self.length < self.prompt).view(x.shape[:-1])
+        return found._replace(choice=_all_of(found.choice, prompt, site.blocks))
+
+
 def at_one_threshold(
     threshold: float,
     sites: int,
@@ -159,3 +183,12 @@ def at_one_threshold(
     """The same threshold for all ``sites``; the other arguments as of :class:`ByThreshold`."""
     above = None if exact is None else torch.full((sites,), exact)
     return ByThreshold(torch.full((sites,), threshold), detached, above, means)
+
+
+def _all_of(choice: Choice, tokens: Tensor, blocks: int) -> Choice:
+    """``choice`` (...) with every block, exact, for the ``tokens`` (...) that are True."""
+    if isinstance(choice, Prefix):
+        return Prefix(choice.widths.masked_fill(tokens, blocks))
+    assert isinstance(choice, Subset)
+    exact = None if choice.exact is None else choice.exact | tokens[..., None]
+    return Subset(choice.on | tokens[..., None], exact, choice.closer)

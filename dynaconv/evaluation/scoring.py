@@ -12,11 +12,8 @@ import torch
 from torch import Tensor
 
 from dynaconv.data.windows import Batch
-from dynaconv.dynamic.policy import Decision, Full, Policy
+from dynaconv.dynamic.policy import AfterPrompt, Full, Policy
 from dynaconv.dynamic.recorder import Recorder
-from dynaconv.dynamic.routers.base import Router
-from dynaconv.dynamic.site import Site
-from dynaconv.kernels.choice import Choice, Prefix, Subset
 from dynaconv.ranks import Ranks
 
 
@@ -48,30 +45,6 @@ class Score:
     def perplexity(self) -> float:
         """exp(loss)."""
         return math.exp(self.loss)
-
-
-@dataclass(frozen=True)
-class AfterPrompt:
-    """Policy of text whose beginning is a prompt, read at the full dial; the rest is up to another policy.
-
-    Attributes:
-        policy: Of the rest.
-        prompt: Tokens of the prompt.
-        length: Tokens of a sequence.
-    """
-
-    policy: Policy
-    prompt: int
-    length: int
-
-    def decide(self, site: Site, router: Router, x: Tensor) -> Decision:
-        """What the tokens use; all of the prompt's use everything."""
-        found = self.policy.decide(site, router, x)
-        if found.choice is None:
-            return found
-        rows = x.numel() // x.shape[-1]
-        prompt = (torch.arange(rows, device=x.device) % self.length < self.prompt).view(x.shape[:-1])
-        return found._replace(choice=_all_of(found.choice, prompt, site.blocks))
 
 
 @torch.no_grad()
@@ -150,15 +123,6 @@ def _spent(recorder: Recorder, batch: Batch) -> list[float]:
         real = batch.attention_mask.flatten()
         widths, shares = widths[:, real], shares[..., real]
     return [*shares.mean(1).sum(1).tolist(), *widths.double().sum(1).tolist()]
-
-
-def _all_of(choice: Choice, tokens: Tensor, blocks: int) -> Choice:
-    """``choice`` (...) with every block, exact, for the ``tokens`` (...) that are True."""
-    if isinstance(choice, Prefix):
-        return Prefix(choice.widths.masked_fill(tokens, blocks))
-    assert isinstance(choice, Subset)
-    exact = None if choice.exact is None else choice.exact | tokens[..., None]
-    return Subset(choice.on | tokens[..., None], exact, choice.closer)
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:
