@@ -83,6 +83,10 @@ class FewBitCopy:
             )
         self._made_from = identity
 
+    def forget(self) -> None:
+        """Makes the copy anew the next time, for weights that change in ways that leave no trace on them (DeepSpeed)."""
+        self._made_from = None
+
     def values(self, weights: FFNWeights) -> FFNWeights:
         """Low-bit values with the gradient of ``weights`` (straight-through estimator)."""
         low = self.low

@@ -31,6 +31,7 @@ from dynaconv.dynamic.policy import ByThreshold, Full, Policy, at_one_threshold
 from dynaconv.dynamic.recorder import Record, Recorder
 from dynaconv.dynamic.routers.sketch import SketchRouter
 from dynaconv.dynamic.score_histogram import NeuronScores
+from dynaconv.errors import QualityError
 from dynaconv.ranks import Ranks
 
 PASSES = 3
@@ -67,7 +68,11 @@ class NeuronRecorder(Recorder):
         scores, shares = record.scores.flatten(0, -2), record.bytes_share().flatten()
         if real is not None:
             scores, shares = scores[real], shares[real]
-        self.scores_of_all.add(*self.router.parts(scores))
+        try:
+            self.scores_of_all.add(*self.router.parts(scores))
+        except ValueError as error:
+            hint = "look for NaN or infinity in its weights; a lower finetune.learning_rate, where it was tuned"
+            raise QualityError(str(error), where=f"layer {record.site.index}", hint=hint) from error
         self.spent += float(shares.sum())
         self.count += len(shares)
         if record.hidden is None or record.choice is None:

@@ -91,6 +91,9 @@ class Trainer:
             self.controller.observe(metrics["share_spent"], asked=plan.drawn.budget)
         factor = learning_rate_factor(step, self.steps, config.warmup_steps)
         metrics |= engine.step(factor)
+        for ffn in self._ffns:
+            if ffn.copy is not None:
+                ffn.copy.forget()
         asked = plan.drawn.budget if "dial" in plan.passes else 1.0
         return metrics | {"share_asked": asked, "learning_rate_factor": factor}
 

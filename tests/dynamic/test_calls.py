@@ -30,7 +30,7 @@ def spent(model: Any, run: Callable[[], Any]) -> set[float]:
 
 
 def test_a_draft_keeps_its_own_dial_inside_a_targets_generate(tiny_checkpoint: Maker) -> None:
-    """Widths are uniform (router kind ``none``): .25 is one block of four, .5 two, and 1 all."""
+    """Widths are uniform (router kind ``none``): .25 is one block of four, .5 two, and 1 all, at which prompts are read."""
     target, draft = (dynamic_model(tiny_checkpoint(seed=seed), "none") for seed in (0, 1))
     ids, drafted, verified = token_ids(1, 7), Recorder(), Recorder()
     draft.dial = 0.25
@@ -38,8 +38,10 @@ def test_a_draft_keeps_its_own_dial_inside_a_targets_generate(tiny_checkpoint: M
     with draft.call.using(recorder=drafted), target.call.using(recorder=verified):
         found = target.generate(ids, dial=0.5, assistant_model=draft, **GREEDY)
     assert torch.equal(found, expected)
-    assert {float(one) for one in drafted.all_shares().unique()} == {0.25}
-    assert {float(one) for one in verified.all_shares().unique()} == {0.5}
+    assert {float(one) for one in drafted.all_shares().unique()} == {0.25, 1.0}
+    assert {float(one) for one in verified.all_shares().unique()} == {0.5, 1.0}
+    for recorder in (drafted, verified):
+        assert int((recorder.all_shares()[0] == 1).sum()) == ids.shape[1], "the prompt is read once, at the full dial"
 
 
 @every_kind
@@ -47,7 +49,7 @@ def test_a_draft_keeps_its_own_dial_inside_a_targets_generate(tiny_checkpoint: M
 def test_a_view_drafts_for_its_own_model(tiny_checkpoint: Maker, family: str, kind: str) -> None:
     model, ids = dynamic_model(tiny_checkpoint(family), kind), token_ids(1, 7)
     for dial in (1.0, 0.5):
-        expected = model.generate(ids, dial=dial, **GREEDY)
+        expected = model.generate(ids, dial=Dial(dial, controlled=False), **GREEDY)
         assert torch.equal(model.generate(ids, dial=dial, assistant_model=model.at(0.25), **GREEDY), expected)
     assert model.dial == Dial.full()
 
@@ -57,7 +59,7 @@ def test_a_view_drafts_at_its_own_share(tiny_checkpoint: Maker) -> None:
     recorder = Recorder()
     with model.call.using(recorder=recorder):
         model.generate(ids, dial=0.5, assistant_model=model.at(0.25), **GREEDY)
-    assert {float(one.unique()) for one in recorder.shares[0]} == {0.25, 0.5}
+    assert {float(one) for one in recorder.all_shares().unique()} == {0.25, 0.5, 1.0}
 
 
 def test_a_view_shares_every_tensor_and_nothing_of_the_dial(tiny_checkpoint: Maker) -> None:
