@@ -84,7 +84,7 @@ class FewBitCopy:
         self._made_from = identity
 
     def forget(self) -> None:
-        """Makes the copy anew the next time, for weights that change in ways that leave no trace on them (DeepSpeed)."""
+        """Makes the copy anew the next time, for weights that change without a trace (DeepSpeed's)."""
         self._made_from = None
 
     def values(self, weights: FFNWeights) -> FFNWeights:

@@ -30,7 +30,7 @@ def spent(model: Any, run: Callable[[], Any]) -> set[float]:
 
 
 def test_a_draft_keeps_its_own_dial_inside_a_targets_generate(tiny_checkpoint: Maker) -> None:
-    """Widths are uniform (router kind ``none``): .25 is one block of four, .5 two, and 1 all, at which prompts are read."""
+    """Widths are uniform (router kind ``none``): .25 is one block of four, .5 two, and 1 all, as of prompts."""
     target, draft = (dynamic_model(tiny_checkpoint(seed=seed), "none") for seed in (0, 1))
     ids, drafted, verified = token_ids(1, 7), Recorder(), Recorder()
     draft.dial = 0.25
