@@ -10,8 +10,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 SMOKE := runs/smoke
 DEMO := runs/demo
 # Small enough for two cores; leave them out for the full recipe.
-DEMO_SETTINGS := profile.tokens=32768 finetune.tokens=131072 \
-	'calibrate.budgets=[0.25,0.5,0.75]' calibrate.tokens=16384 calibrate.score_tokens=20480
+DEMO_SETTINGS := profile.tokens=16384 calibrate.tokens=8192 calibrate.score_tokens=10240
 
 .DEFAULT_GOAL := help
 .PHONY: help install test lint format types smoke demo bench clean
@@ -49,13 +48,14 @@ smoke: $(STAMP)  ## The whole pipeline on the embedded default, tiny budgets; th
 	$(BIN)/dynaconv hyperclone $(SMOKE)/05-export --factor 2 --out $(SMOKE)-larger
 	$(BIN)/dynaconv subclone $(SMOKE)/05-export ratio=0.5 importance.tokens=4096 --out $(SMOKE)-smaller
 
-demo: $(STAMP)  ## A tiny model with a dial, from nothing, in about four minutes
-	@echo "1. Convert the embedded default, a tiny Llama, with a short fine-tuning:"
+demo: $(STAMP)  ## A tiny model with a dial, from nothing, in a few minutes
+	@echo "1. Convert the embedded default, a tiny Llama:"
 	$(BIN)/dynaconv convert --out $(DEMO) $(DEMO_SETTINGS)
-	@echo "2. Choose a point of its dial, half of the FFN:"
-	$(BIN)/dynaconv dial-k $(DEMO) --budget 0.5 --write
-	@echo "3. Let it write at a quarter of the FFN:"
-	$(BIN)/dynaconv generate $(DEMO) --prompt "def " --max-new-tokens 48 --dial 0.25
+	@echo "2. Choose a point of its dial, a tenth of the bytes of the FFNs:"
+	$(BIN)/dynaconv dial-k $(DEMO) --bytes 0.1 --write
+	@echo "3. Let it write there, and with a fifteenth:"
+	$(BIN)/dynaconv generate $(DEMO) --prompt "def " --max-new-tokens 48
+	$(BIN)/dynaconv generate $(DEMO) --prompt "def " --max-new-tokens 48 --dial 0.065
 
 bench: $(STAMP)  ## Measure the CPU kernels; writes JSON
 	$(BIN)/python scripts/bench_cpu.py

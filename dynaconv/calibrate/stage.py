@@ -26,7 +26,7 @@ class CalibrateStage(Stage):
         from dynaconv.arch.blocks import ffn_partition
         from dynaconv.arch.checkpoint import Checkpoint
         from dynaconv.calibrate.solve import KEPT_SCORES
-        from dynaconv.calibrate.sweep import GRID
+        from dynaconv.calibrate.sweep import HIGH, NEURONS
 
         checkpoint, dense = Checkpoint.open(source), Checkpoint.open(parent or source)
         settings = config.calibrate
@@ -34,7 +34,7 @@ class CalibrateStage(Stage):
         logits = 3 * 4 * batch * checkpoint.sizes["vocab"]
         features = ffn_partition(checkpoint.sizes["ffn"], config).blocks if config.experts == "routed" else 1
         scores = 2 * 4 * min(KEPT_SCORES, settings.tokens * checkpoint.layers * features)  # by batch, and put together
-        budgets = len(GRID if settings.budgets is None else settings.budgets)
+        budgets = len(NEURONS + HIGH if settings.budgets is None else settings.budgets)
         passes = 4 * budgets * settings.tokens + 2 * (budgets + 2) * settings.score_tokens
         return Estimate(
             peak_bytes=checkpoint.reader.total_bytes + dense.reader.total_bytes + logits + scores,

@@ -28,12 +28,14 @@ from dynaconv.progress import Task
 from dynaconv.ranks import Ranks
 
 SPEED_ROUNDS = 3
-GRID = (0.1, 0.125, 0.15, 0.175, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75)
-"""Budgets that are calibrated where the recipe names none, as far as the routers leave room for ..."""
-FEWEST_NEURONS = 1 / 32
-"""... this share of the neurons one by one, ..."""
-FEWEST_BLOCKS = 0.2
-"""... or this one in blocks."""
+NEURONS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
+"""Shares of active neurons whose cost is calibrated where the recipe names no budgets, ..."""
+BLOCKS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+"""... of blocks, ..."""
+HIGH = (0.4, 0.55, 0.75)
+"""... and budgets above what all neurons cost with low-bit values."""
+CLOSER = 1.6
+"""Neurons that a sketch looks at twice, for each that is active; about."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def _report(task: Task, config: CalibrateConfig, budget: float, spent: float) ->
 
 
 def grid(model: Any, config: CalibrateConfig) -> list[float]:
-    """The budgets that ``config`` asks for, or those of :data:`GRID` that ``model`` can spend.
+    """The budgets that ``config`` asks for, or some that suit ``model``, in steps of .005.
 
     Raises:
         ConfigError: A budget is below what the routers read for every token.
@@ -103,9 +105,10 @@ def grid(model: Any, config: CalibrateConfig) -> list[float]:
     ffn = model.ffns()[0]
     cost, neurons = ffn.cost.bytes, ffn.router.experts == "neurons"
     if config.budgets is None:
-        share = FEWEST_NEURONS if neurons else FEWEST_BLOCKS
-        lowest = cost.of(share, 0.0 if cost.low else share, share)
-        return [budget for budget in GRID if budget >= lowest]
+        low = neurons and cost.low > 0
+        costs = [cost.of(a, 0.0 if low else a, min(1.0, CLOSER * a)) for a in (NEURONS if neurons else BLOCKS)]
+        costs += [budget for budget in HIGH if low and budget > costs[-1] + 0.05]
+        return sorted({round(200 * one) / 200 for one in costs if cost.fixed + 0.005 < one < 0.99})
     asked = [budget for budget in config.budgets if budget < 1]
     if asked and asked[0] <= cost.fixed:
         raise ConfigError(

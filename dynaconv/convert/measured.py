@@ -77,9 +77,12 @@ class Measured:
         """(F,) fp32, in the dense checkpoint's order of neurons."""
         return self.reader.read(f"layers.{layer}.importance")
 
-    def level(self, layer: int) -> Tensor:
-        """What a ``sketch`` router's scores are taken relative to, () fp32."""
-        return self.reader.read(f"layers.{layer}.level")
+    def sketched(self, layer: int) -> dict[str, Tensor]:
+        """Tensors of a ``sketch`` router: ``offset`` () and ``up_mean`` (F,), fp32."""
+        return {
+            "offset": self.reader.read(f"layers.{layer}.level"),
+            "up_mean": self.reader.read(f"layers.{layer}.up_mean"),
+        }
 
     def sums(self, layer: int) -> tuple[Tensor, Tensor]:
         """``feature_gram`` (D + 1, D + 1) and ``feature_target`` (D + 1, N), as :func:`solve_ridge` takes them."""

@@ -46,7 +46,7 @@ class CarveStage(Stage):
         partition = ffn_partition(checkpoint.sizes["ffn"], config)
         residual, layers = checkpoint.sizes["residual"], checkpoint.layers
         sketched = config.experts == "neurons"
-        routers = 4 * layers * (1 if sketched else partition.blocks * (residual + 1))
+        routers = 4 * layers * (partition.neurons + 1 if sketched else partition.blocks * (residual + 1))
         orders = 8 * layers * checkpoint.sizes["ffn"]
         solving = 0 if sketched else ridge_peak_bytes(residual, partition.blocks)
         weights = sum(checkpoint.reader.tensors[name].nbytes for name in checkpoint.slots)
@@ -100,7 +100,11 @@ def _router_layout(config: RunConfig) -> tuple[RouterLayout, CopyLayout | None]:
 def _routers(measured: Measured, context: StageContext) -> dict[str, Tensor]:
     """Tensors of every layer's router, by the names dynaconv.safetensors uses."""
     if context.config.experts == "neurons":
-        return {f"layers.{layer}.router.offset": measured.level(layer) for layer in range(measured.layers)}
+        return {
+            f"layers.{layer}.router.{name}": tensor
+            for layer in range(measured.layers)
+            for name, tensor in measured.sketched(layer).items()
+        }
     return _solve_routers(measured, context)
 
 

@@ -6,7 +6,6 @@ that is fine-tuned. Ships with every exported model. D residual width, F neurons
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,9 +15,6 @@ from dynaconv.dynamic.cost import FFNShape
 from dynaconv.dynamic.layout import CopyLayout
 from dynaconv.kernels.codes import Codes, bytes_a_row
 from dynaconv.kernels.weights import FFNWeights
-
-NORMAL_MEAN = math.sqrt(2 / math.pi)
-"""E|z| of a standard normal z."""
 
 
 class FewBitCopy:
@@ -36,15 +32,12 @@ class FewBitCopy:
         first: What the first look reads, (F, D).
         second: What the second look reads of gate and up, (F, D) each; no gate where the FFN has none.
         norms: Of the columns of down, (F,) float32.
-        sizes: What the first look takes |up x| to be, for x of norm 1, times ``norms``: (F,) float32. Where there is no
-            gate, ``norms``.
         low: Low-bit values; ``None`` where tokens do not use them.
     """
 
     first: Tensor
     second: tuple[Tensor | None, Tensor]
     norms: Tensor
-    sizes: Tensor
 
     def __init__(self, layout: CopyLayout, bits: int, coarse: int) -> None:
         self.layout, self.bits, self.coarse = layout, bits, coarse
@@ -70,10 +63,6 @@ class FewBitCopy:
         self.second = (None if gate is None else gate.values(self.bits, dtype), up.values(self.bits, dtype))
         self.first = (gate or up).values(self.coarse, dtype)
         self.norms = torch.linalg.vector_norm(weights.down, dim=0, dtype=torch.float32)
-        self.sizes = self.norms
-        if gate is not None:  # as if x pointed anywhere
-            rows = torch.linalg.vector_norm(weights.up, dim=1, dtype=torch.float32)
-            self.sizes = self.norms * rows * (NORMAL_MEAN / math.sqrt(weights.up.shape[1]))
         if self.layout.values:
             down = Codes.of(weights.down.detach().t(), bits, group)
             self.low = weights._replace(
@@ -104,11 +93,11 @@ class FewBitCopy:
         return shape.neurons * (row + 2), 2.0 * shape.neurons * shape.residual
 
     def second_cost(self, shape: FFNShape) -> tuple[float, float]:
-        """Bytes and FLOPs of the router's second look at one neuron."""
+        """Bytes and FLOPs of the router's second look at one neuron; 2 bytes for its size."""
         further = self.bits - self.coarse
         planes = bytes_a_row(shape.residual, further, self.layout.group, further=True)
         up = bytes_a_row(shape.residual, self.bits, self.layout.group) if shape.inputs == 2 else 0.0
-        return planes + up, 2.0 * shape.residual * (bool(further) + bool(up))
+        return planes + up + 2, 2.0 * shape.residual * (bool(further) + bool(up))
 
     def low_cost(self, shape: FFNShape) -> tuple[float, float]:
         """Bytes and FLOPs of one neuron with low-bit values, beside what the router has read of it."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from dynaconv.arch.spec import FFNSpec
 from dynaconv.data.windows import Batch, scored_tokens
@@ -107,23 +108,36 @@ def capture_ffn(owner: nn.Module, spec: FFNSpec) -> AbstractContextManager[Captu
 
 
 class Contributions:
-    """How much single neurons of a layer add: the level that a ``sketch`` router's scores are taken relative to.
+    """What ``sketch`` routers want to know of single neurons, from one token in :data:`LEVEL_EVERY`.
 
     Args:
+        weights: The FFN.
         sizes: Norms of the down columns, (F,) float32.
     """
 
-    def __init__(self, sizes: Tensor) -> None:
-        self.sizes, self.scores = sizes, ScoreHistogram()
+    def __init__(self, weights: FFNWeights, sizes: Tensor) -> None:
+        self.weights, self.sizes, self.scores = weights, sizes, ScoreHistogram()
+        self.ups, self.tokens = torch.zeros_like(sizes, dtype=torch.float64), torch.zeros((), dtype=torch.int64)
 
-    def add(self, active: Tensor, batch: Batch) -> None:
-        """Counts what neurons with activations ``active`` (M, F) add, of one token in :data:`LEVEL_EVERY`."""
-        self.scores.add((active[::LEVEL_EVERY].float().abs() * self.sizes).clamp_min(SMALLEST).log())
+    def add(self, x: Tensor, active: Tensor) -> None:
+        """Counts tokens with FFN inputs ``x`` (M, D) and activations ``active`` (M, F)."""
+        x, active = x[::LEVEL_EVERY], active[::LEVEL_EVERY]
+        self.scores.add((active.float().abs() * self.sizes).clamp_min(SMALLEST).log())
+        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(SMALLEST)
+        ups = linear(x, self.weights.up, self.weights.up_bias).float().abs() / norms
+        self.ups += ups.sum(0, dtype=torch.float64)
+        self.tokens += len(x)
 
-    def level(self, ranks: Ranks | None = None) -> Tensor:
+    def gather(self, ranks: Ranks) -> None:
+        """Adds up what all ranks counted."""
+        self.scores.counts, self.ups, self.tokens = map(ranks.sum, (self.scores.counts, self.ups.cpu(), self.tokens))
+
+    def up_means(self) -> Tensor:
+        """Mean of |up x| / ||x|| for each neuron, (F,) float32."""
+        return (self.ups.cpu() / self.tokens.clamp_min(1)).float()
+
+    def level(self) -> Tensor:
         """The logarithm of what a neuron adds that stands at :data:`LEVEL_SHARE` from the top, () float32."""
-        if ranks is not None:
-            self.scores.counts = ranks.sum(self.scores.counts)
         return torch.tensor(self.scores.quantile(LEVEL_SHARE), dtype=torch.float32)
 
 
@@ -156,10 +170,9 @@ def measure_layer(
         ranks: The processes that each measure some of the batches; alone by default.
 
     Returns:
-        ``activation``, ``importance`` (F,), ``order`` (F,) int64; of ``neurons``, ``level`` (); of others,
-        ``curve_mean`` (W,), ``curve_quantiles`` (3, W),
-        of the W :func:`curve_widths`, ``feature_gram`` (D + 1, D + 1), ``feature_target`` (D + 1, N), float32, on the
-        CPU.
+        ``activation``, ``importance`` (F,), ``order`` (F,) int64, float32, on the CPU. Of ``neurons``, ``level`` () and
+        ``up_mean`` (F,); of others, ``curve_mean`` (W,), ``curve_quantiles`` (3, W), of the W :func:`curve_widths`,
+        ``feature_gram`` (D + 1, D + 1), ``feature_target`` (D + 1, N).
     """
     spec = stream.checkpoint.family.ffn
     with stream.layer(index) as layer:
@@ -167,16 +180,19 @@ def measure_layer(
         stock = ffn_weights(ffn, spec.gate, spec.up, spec.down, stream.activation)
         sizes = torch.linalg.vector_norm(stock.down, dim=0, dtype=torch.float32)
         together = Coactivation(sizes, sample.windows(ranks)) if experts == "routed" else None
-        contributions = Contributions(sizes) if experts == "neurons" else None
+        contributions = Contributions(stock, sizes) if experts == "neurons" else None
         activation, kept = _run(stream, index, layer, hidden, sample, together or contributions, finished)
         if ranks is not None:
             activation.gather(ranks)
         mean = activation.mean()
         importance = mean * sizes
         if contributions is not None:
+            if ranks is not None:
+                contributions.gather(ranks)
             order_kept = torch.arange(len(mean))
             measured = {"activation": mean, "importance": importance, "order": order_kept}
-            return {name: tensor.cpu() for name, tensor in measured.items()} | {"level": contributions.level(ranks)}
+            measured |= {"level": contributions.level(), "up_mean": contributions.up_means()}
+            return {name: tensor.cpu() for name, tensor in measured.items()}
         if together is None:
             ranked = ranking(importance, order)
         else:
@@ -274,14 +290,18 @@ def _run(
         for i, (batch, mask) in enumerate(zip(sample.batches, sample.curve_masks, strict=True)):
             hidden[i] = stream.advance(index, layer, hidden[i], batch)
             x, active = (captured.inputs[name].flatten(0, -2) for name in ("x", "hidden"))
+            real = x
             if batch.attention_mask is not None:
-                active = active[batch.attention_mask.flatten().to(stream.device)]
+                kept_rows = batch.attention_mask.flatten().to(stream.device)
+                real, active = x[kept_rows], active[kept_rows]
             activation.add(active)
-            if together is not None:
+            if isinstance(together, Contributions):
+                together.add(real, active)
+            elif together is not None:
                 together.add(active, batch)
             if bool(mask.any()) and not isinstance(together, Contributions):
                 kept.append(x[mask.flatten().to(stream.device)])
-            del x, active
+            del x, real, active
             captured.clear()
             finished(batch)
     return activation, kept

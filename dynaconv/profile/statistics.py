@@ -74,11 +74,11 @@ def tensor_layout(
     as they are cut. ``curve_mean`` and ``curve_quantiles`` (.1, .5, .9) are of r_n at ``widths``. ``feature_gram`` is
     the sum over curve tokens of [x; 1][x; 1]^T with x the FFN's input, ``feature_target`` that of [x; 1] log t_n,
     n = 0..N-1, with t_n = r_n, or the norm of what block n adds where experts are routed, times the token's weight
-    where curves are loss-aware. Where experts are single ``neurons`` there is ``level`` in place of curves: the
-    logarithm of what a neuron adds that stands at a certain share from the top.
+    where curves are loss-aware. Where experts are single ``neurons`` there are in place of curves ``level``, the
+    logarithm of what a neuron adds that stands at a certain share from the top, and ``up_mean``, mean |up x| / ||x||.
     """
     neurons = partition.neurons
-    of_neurons = {"level": (torch.float32, ())}
+    of_neurons = {"level": (torch.float32, ()), "up_mean": (torch.float32, (neurons,))}
     of_blocks = {
         "curve_mean": (torch.float32, (len(widths),)),
         "curve_quantiles": (torch.float32, (3, len(widths))),

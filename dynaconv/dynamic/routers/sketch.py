@@ -1,11 +1,11 @@
 """Router kind ``sketch``: what each neuron would give, read off a few-bit copy of the weights themselves.
 
 A neuron gives ``|act(gate x) (up x)| * ||down column||`` (``|act(up x)| * ||down column||`` where FFNs have no gate).
-The router looks twice. First at the gate alone, in the fewest bits, for all neurons; up x is taken to be what it is for
-an input of that norm which points anywhere. Then at gate and up, in a few more bits, for the neurons that come within
-``reach`` of being used by the first look, so that most bytes go to neurons that are about to be used. A neuron is on
-where both looks say so. Nothing is trained: scores follow the weights. They are relative to the layer's ``offset``,
-since what layers add does not compare. Ships with every exported model.
+The router looks twice. First at the gate alone, in the fewest bits, for all neurons; ``up x`` is taken to have its mean
+size for an input of that norm (``up_mean``, from calibration text). Then at gate and up, in a few more bits, for the
+neurons that come within ``reach`` of being used by the first look, so that most bytes go to neurons that are about to be
+used. A neuron is on where both looks say so. Nothing is trained: scores follow the weights. They are relative to the
+layer's ``offset``, since what layers add does not compare. Ships with every exported model.
 
 D residual width, F neurons.
 """
@@ -39,12 +39,14 @@ class SketchRouter(Router):
     exportable = "no other engine leaves out single neurons"
 
     offset: Tensor
+    up_mean: Tensor
     copy: FewBitCopy
 
     def __init__(self, hidden_size: int, partition: Partition, layout: RouterLayout) -> None:
         super().__init__(hidden_size, partition, RouterLayout(layout.kind))
         self.reach = layout.reach
         self.register_buffer("offset", torch.zeros(()))
+        self.register_buffer("up_mean", torch.ones(partition.neurons))
         self._weights: FFNWeights | None = None
 
     def follow(self, copy: FewBitCopy, weights: FFNWeights) -> None:
@@ -66,8 +68,10 @@ class SketchRouter(Router):
             first = act(linear(x, copy.first, weights.gate_bias if gated else weights.up_bias))
             second = linear(x, up, weights.up_bias)
             second = act(second) if gate is None else act(linear(x, gate, weights.gate_bias)) * second
-            size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32) if gated else 1.0
-            looked = self._score(first, copy.sizes * size) + self.reach
+            sizes = copy.norms
+            if gated:
+                sizes = sizes * self.up_mean * torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+            looked = self._score(first, sizes) + self.reach
             return torch.cat([torch.minimum(self._score(second, copy.norms), looked), looked], dim=-1)
 
     def _score(self, given: Tensor, size: Tensor) -> Tensor:
