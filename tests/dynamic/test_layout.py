@@ -172,7 +172,13 @@ def file_of_schema_2() -> dict[str, Any]:
 
 
 def new_file() -> dict[str, Any]:
-    new = {"schema": 3, "partition": {"neurons": 20, "block_size": 1}, "copy": {"bits": 4, "group": 32, "values": True}, "means": [0.25, 0.5], "itemsize": 2}
+    new = {
+        "schema": 3,
+        "partition": {"neurons": 20, "block_size": 1},
+        "copy": {"bits": 4, "group": 32, "values": True},
+        "means": [0.25, 0.5],
+        "itemsize": 2,
+    }
     dial = {**file_of_schema_2()["dial"], "exact": [[3, 3], [2, 2], [0, 0]], "unit": "bytes"}
     router = {"kind": "sketch", "bits": 3, "coarse": 2, "reach": 0.7}
     return {**file_of_schema_2(), **new, "router": router, "dial": dial}

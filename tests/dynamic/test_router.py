@@ -57,7 +57,9 @@ def router(kind: str, seed: int = 0, partition: Partition = UNEVEN) -> Router:
 def sketch(seed: int, neurons: int) -> SketchRouter:
     """One of an FFN of its own."""
     made = SketchRouter(6, Partition.equal(neurons, 1), ROUTERS["sketch"])
-    made.follow(FewBitCopy(CopyLayout(4, 3), 3, 2), random_network(6, neurons, dtype=torch.float32, seed=seed))
+    copy, weights = FewBitCopy(CopyLayout(4, 3), 3, 2), random_network(6, neurons, dtype=torch.float32, seed=seed)
+    copy.follow(weights)
+    made.follow(copy, weights)
     return made
 
 

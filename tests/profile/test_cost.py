@@ -69,9 +69,7 @@ def test_profiling_holds_no_more_than_it_said(
 
 def test_the_estimate_grows_with_the_number_of_blocks(tiny_checkpoint: Callable[..., Path]) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint(ffn=4096))
-    coarse, fine = (
-        profile_estimate(RunConfig(experts="routed", block_size=size), checkpoint) for size in (64, 2)
-    )
+    coarse, fine = (profile_estimate(RunConfig(experts="routed", block_size=size), checkpoint) for size in (64, 2))
     assert fine.peak_bytes > coarse.peak_bytes
     assert fine.flops > coarse.flops
     assert fine.disk_bytes - coarse.disk_bytes == 2 * 4 * 65 * (2048 - 64)

@@ -48,9 +48,7 @@ class SketchRouter(Router):
         self._weights: FFNWeights | None = None
 
     def follow(self, copy: FewBitCopy, weights: FFNWeights) -> None:
-        """Scores from here on are those of ``weights``, through their ``copy``."""
-        if not torch.compiler.is_compiling():  # compiled code uses the copy that was made before
-            copy.follow(weights)
+        """Scores from here on are those of ``weights``, through their ``copy``, which has been made."""
         self.copy, self._weights = copy, weights
 
     def __getstate__(self) -> dict[str, object]:
