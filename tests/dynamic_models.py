@@ -29,6 +29,7 @@ ROUTERS = {
 }
 SELF_TAUGHT: dict[str, Any] = {  # settings of fine-tuning without a parent
     "teacher": "self",
+    "budgets": [0.2, 0.75],
     "losses": LossesConfig(full=LossConfig(0.5), distill=LossConfig(0.5), distill_full=LossConfig(0.0)),
 }
 THRESHOLDS = {  # of the budgets .25, .5 and 1

@@ -68,7 +68,7 @@ class Codes:
         return cls(weight.shape[1], group, planes, *others)
 
     def values(self, bits: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrix (R, C) as its first ``bits`` planes (from 1) say it, weights in the middle of what these leave open."""
+        """The matrix (R, C) as its first ``bits`` planes (from 1) say it: weights lie in the middle of what is open."""
         read = self.bits if bits is None else bits
         found = torch.empty(self.scales.shape[0], self.columns, dtype=dtype, device=self.scales.device)
         for rows in _pieces(found.shape):

@@ -55,7 +55,7 @@ def test_sweep_measures_a_monotone_dial(tiny_checkpoint: Maker, kind: str) -> No
         routed = kind != "none"
         table = thresholds_for(model, text, config, task) if routed else uniform_table(model.layout, config.budgets)
         model.layout = model.layout.with_dial(table, None)
-        frontier = measure(model, parent, text, COST, 3, task)
+        frontier = measure(model, parent, text, (COST, COST), 3, task)
     assert table.budgets == (0.25, 0.5, 0.75, 1.0)
     assert all(a >= b for low, high in pairwise(table.thresholds) for a, b in zip(low, high, strict=True))
     rows = frontier.points
@@ -83,7 +83,7 @@ def test_the_full_dial_costs_what_the_dense_model_does(tiny_checkpoint: Maker) -
     elements = sum(parameter.numel() for ffn in model.ffns() for parameter in ffn.router.parameters())
     cost = CostModel.of(Checkpoint.open(folder), context=32)
     with Progress(quiet=True).task("calibrate", 2) as task:
-        frontier = measure(model, parent, Text(BATCHES[:1], BATCHES[1:]), cost, 0, task)
+        frontier = measure(model, parent, Text(BATCHES[:1], BATCHES[1:]), (cost, cost), 0, task)
     half, full = frontier.points
     assert full.flops_per_token == frontier.parent.flops_per_token == cost.flops_per_token(1.0)
     assert full.bytes_per_token == frontier.parent.bytes_per_token == cost.bytes_per_token(1.0)

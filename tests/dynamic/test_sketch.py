@@ -1,4 +1,4 @@
-"""Sketch routers: scores are what neurons would give by the first bits of the weights, now, and two looks are one rule."""
+"""Sketch routers: scores are what neurons would give by the first bits of the weights; two looks are one rule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from dynamic_models import ROUTERS, neurons_model, token_ids
+from dynamic_models import neurons_model, token_ids
 from ffn_networks import random_network
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -35,7 +35,8 @@ def test_a_finished_row_is_found_again_and_other_settings_are_not(bench: Any, tm
 
     def measure() -> Score:
         measured.append(1)
-        return Score(loss=2.5, active_share=0.5, agreement=None, tokens=9, widths=(4.0,))
+        shares = dict.fromkeys(("active_share", "exact_share", "bytes_share", "flops_share"), 0.5)
+        return Score(loss=2.5, **shares, agreement=None, tokens=9, widths=(4.0,))
 
     first = bench.Rows(path, SETTINGS, copy).row("nested", "routed", 0.5, measure)
     assert (first["loss"], first["seed"], len(measured)) == (2.5, 1, 1)
