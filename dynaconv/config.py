@@ -58,7 +58,7 @@ class ProfileConfig:
             pass in memory).
     """
 
-    tokens: int = 65536
+    tokens: int = 32768
     batch_size: int = 16
     curve_share: float = 0.25
     order: str = "importance"
@@ -326,8 +326,8 @@ class CalibrateConfig:
     """
 
     budgets: list[float] | None = None
-    tokens: int = 32768
-    score_tokens: int = 40960
+    tokens: int = 16384
+    score_tokens: int = 20480
     batch_size: int = 16
     tolerance: float = 0.005
     speed_tokens: int = 64

@@ -89,7 +89,7 @@ def main(
 def recipe(name: str, batch_size: int, length: int) -> RunConfig:
     """Fine-tuning without a parent, with what the variant changes; routers decide from the start."""
     shared: dict[str, Any] = {"batch_size": batch_size, "tokens": 1000 * batch_size * length, "uniform_share": 0.0}
-    shared |= {"teacher": "self", "losses": ALONE}
+    shared |= {"budgets": [0.2, 0.75], "teacher": "self", "losses": ALONE}
     experts = "routed" if name.startswith("routed") else "nested"
     tuning = replace(FinetuneConfig(), **(shared | VARIANTS[name]))
     config = RunConfig(experts=experts, finetune=tuning)

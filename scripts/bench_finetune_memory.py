@@ -101,6 +101,7 @@ class Case:
             "batch_size": size.batch,
             "tokens": STEPS * size.batch * size.length,
             "uniform_share": 0.0,
+            "budgets": [0.2, 0.75],
             "save_every": STEPS - 1,
             "wandb": "off",
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.arch.registry import known_families
 from dynaconv.config import LossConfig, LossesConfig
-from dynaconv.dynamic.layout import DialTable, FFNLayout, Layout, RouterLayout
+from dynaconv.dynamic.layout import CopyLayout, DialTable, FFNLayout, Layout, RouterLayout
 from dynaconv.dynamic.modeling import attach, load_routers
 from dynaconv.frontier import Frontier, OperatingPoint
 from dynaconv.kernels.partition import Partition
@@ -24,10 +24,12 @@ ROUTERS = {
     "curve": RouterLayout("curve", linear=True, rank=0),
     "class": RouterLayout("class", linear=True, rank=8),
     "linear": RouterLayout("linear", linear=True, rank=8, bound=3.0),
+    "sketch": RouterLayout("sketch", bits=3, coarse=2, reach=0.7),
     "none": RouterLayout("none"),
 }
 SELF_TAUGHT: dict[str, Any] = {  # settings of fine-tuning without a parent
     "teacher": "self",
+    "budgets": [0.2, 0.75],
     "losses": LossesConfig(full=LossConfig(0.5), distill=LossConfig(0.5), distill_full=LossConfig(0.0)),
 }
 THRESHOLDS = {  # of the budgets .25, .5 and 1
@@ -35,8 +37,11 @@ THRESHOLDS = {  # of the budgets .25, .5 and 1
     "curve": (1.0, -0.5, -40.0),
     "class": (0.7, 0.4, 0.0),
     "linear": (0.7, 0.0, -4.0),
+    "sketch": (-2.0, -3.5, -12.0),
     "none": (-1.0, -2.0, -4.0),
 }
+MARGIN = 1.0
+"""How far above its threshold a neuron of :func:`neurons_model` has exact values, in nats."""
 
 
 def even_blocks(neurons: int, blocks: int) -> Partition:
@@ -95,6 +100,41 @@ def dynamic_model(
         model,
         {name: 0.4 * torch.randn(value.shape, generator=generator) for name, value in model.router_state().items()},
     )
+    return model.eval()
+
+
+def neurons_model(
+    folder: Path,
+    *,
+    copy: CopyLayout = CopyLayout(bits=4, group=32, values=True),  # noqa: B008
+    router: RouterLayout = ROUTERS["sketch"],
+    means: tuple[float, ...] = (0.25, 0.5),
+    seed: int = 1,
+    stock: Any = None,
+) -> Any:
+    """The dense checkpoint in ``folder`` with sketch routers over single neurons, calibrated by hand.
+
+    Args:
+        folder: The checkpoint.
+        copy: Of the weights; tokens use low-bit values where it has any.
+        router: Of the sketch.
+        means: Budgets of the sets of means, which are random.
+        seed: Of the means.
+        stock: See :func:`dynamic_model`.
+    """
+    checkpoint = Checkpoint.open(folder)
+    layout = layout_of(folder, "sketch", partition=Partition.equal(checkpoint.sizes["ffn"], 1))
+    assert layout.dial is not None
+    rows = layout.dial.thresholds
+    exact = (*(tuple(threshold + MARGIN for threshold in row) for row in rows[:-1]), rows[-1])
+    table = replace(layout.dial, exact=exact if copy.values else ())
+    itemsize = checkpoint.dtype.itemsize
+    layout = replace(layout, router=router, copy=copy, means=means, itemsize=itemsize, dial=table)
+    stock = AutoModelForCausalLM.from_pretrained(folder) if stock is None else stock
+    generator = torch.Generator().manual_seed(seed)
+    model = attach(stock, layout)
+    state = model.router_state()
+    load_routers(model, {name: 0.1 * torch.randn(value.shape, generator=generator) for name, value in state.items()})
     return model.eval()
 
 

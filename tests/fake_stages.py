@@ -88,7 +88,7 @@ class Calibrate(FakeStage):
     name, consumes, produces, sections = "calibrate", ("dense", "dynamic"), "dials", ("calibrate",)
 
     def problems(self, config: RunConfig) -> list[str]:
-        return ["calibrate.budgets: too many"] if len(config.calibrate.budgets) > 50 else []
+        return ["calibrate.budgets: too many"] if len(config.calibrate.budgets or []) > 50 else []
 
 
 class Export(FakeStage):

@@ -25,6 +25,12 @@ WRONG: dict[str, list[Any]] = {
     "profile.batch_size": [0],
     "profile.curve_share": [0.0, 1.1],
     "profile.order": ["random"],
+    "sketch.coarse_bits": [0, 9],
+    "sketch.bits": [0, 9],
+    "sketch.low_bits": [0, 9],
+    "sketch.group": [0],
+    "sketch.reach": [-0.1, math.nan, math.inf],
+    "sketch.values": ["low"],
     "carve.ridge": [0.0, math.inf],
     "finetune.tokens": [0],
     "finetune.batch_size": [0],
@@ -122,11 +128,43 @@ def test_all_mistakes_at_once() -> None:
     ],
 )
 def test_fields_that_do_not_go_together(changes: dict[str, Any], named: str) -> None:
-    config = RunConfig(experts="nested")
+    config = RunConfig(stages=["profile", "carve", "finetune", "calibrate", "export"], experts="nested")
     for name, value in changes.items():
         put(config, name, value)
     (sentence,) = problems(config)
     assert sentence.startswith(f"{named} is ")
+
+
+@pytest.mark.parametrize(
+    ("bits", "right"),
+    [((2, 3, 4), True), ((3, 3, 3), True), ((1, 8, 8), True), ((4, 3, 4), False), ((2, 5, 4), False)],
+)
+def test_a_sketch_reads_no_more_bits_than_there_are(bits: tuple[int, int, int], right: bool) -> None:
+    config = RunConfig()
+    for name, value in zip(("coarse_bits", "bits", "low_bits"), bits, strict=True):
+        put(config, f"sketch.{name}", value)
+    found = problems(config)
+    assert (found == []) is right
+    assert right or found[0].startswith(
+        "sketch.coarse_bits, sketch.bits and sketch.low_bits are {}, {} and {}".format(*bits)
+    )
+
+
+@pytest.mark.parametrize(
+    ("experts", "changes", "named"),
+    [
+        ("neurons", {"blocks": 8}, "blocks is 8"),
+        ("neurons", {"block_size": 16}, "block_size is 16"),
+        ("neurons", {"block_size": 1}, None),
+        ("routed", {"blocks": 8}, "blocks is 8"),
+        ("routed", {"block_size": 1}, None),
+        ("nested", {"block_size": 16}, "block_size is 16"),
+        ("nested", {"blocks": 8}, None),
+    ],
+)
+def test_blocks_are_said_as_the_experts_have_them(experts: str, changes: dict[str, int], named: str | None) -> None:
+    found = problems(RunConfig(experts=experts, **changes))
+    assert [sentence.partition(",")[0] for sentence in found] == ([] if named is None else [named])
 
 
 def test_stages_that_do_not_run_are_not_compared() -> None:

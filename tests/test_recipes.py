@@ -50,7 +50,7 @@ def test_every_recipe_says_what_it_is_needs_and_how_to_run_it(path: Path) -> Non
     assert 20 < len(recipe.summary) <= 120
     assert "\nNeeds: " in recipe.header
     (command,) = re.findall(r"^Run:\s+(dynaconv convert .*)$", recipe.header, re.MULTILINE)
-    assert f"--recipe {path.stem}" in command
+    assert f"--recipe {path.stem}" in command or path.stem == DEFAULT and "--recipe" not in command
     overrides = [word for word in command.split() if "=" in word]
     assert compose(str(path), overrides)
 
@@ -91,13 +91,17 @@ def test_recipes_that_differ_from_the_default_differ_as_they_say() -> None:
     assert compose("nested-uniform").finetune.router == "uniform"
     half = compose("static-half")
     assert half.finetune.budgets == [0.5, 0.5] and half.finetune.losses.full.weight == 0.0
-    assert half.finetune.tokens == compose().finetune.tokens, "baselines are trained on as much"
-    assert "finetune" not in compose("training-free").stages
-    assert compose("smoke").finetune.tokens < compose().finetune.tokens / 10
+    assert half.finetune.tokens == routed.finetune.tokens, "baselines are trained on as much"
+    assert "finetune" not in compose().stages
+    tuned = compose("tune")
+    assert (tuned.experts, tuned.sketch, tuned.calibrate) == ("neurons", compose().sketch, compose().calibrate)
+    assert tuned.finetune.tokens == routed.finetune.tokens
+    assert compose("smoke").finetune.tokens < tuned.finetune.tokens / 10
 
 
 def test_overrides_of_every_kind() -> None:
     overrides = [
+        "experts=routed",
         "block_size=8",
         "finetune.tokens=2e6",
         "finetune.learning_rate=1e-4",
@@ -187,7 +191,9 @@ def test_a_wrong_override_is_said_and_what_is_right(override: str, said: str) ->
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["blocks=64"], "blocks is 64, but experts is 'routed'(.|\\n)*say block_size"),
+        (["blocks=64"], "blocks is 64, but experts is 'neurons'(.|\\n)*leave blocks out"),
+        (["block_size=8"], "block_size is 8, but experts is 'neurons'(.|\\n)*experts=routed"),
+        (["experts=routed", "blocks=64"], "blocks is 64, but experts is 'routed'(.|\\n)*say block_size"),
         (["experts=nested", "block_size=16"], "block_size is 16, but experts is 'nested'(.|\\n)*say blocks"),
         (["experts=nested", "blocks=4", "block_size=16"], "block_size is 16"),
     ],
@@ -205,18 +211,18 @@ def test_a_recipe_from_before_block_size_is_refused_with_the_way_out(tmp_path: P
 
 
 def test_all_mistakes_at_once() -> None:
-    told = mistakes(["block=3", "finetune.tokens=x", "seed", "block_size=0", "data=a", "data.train=[b]", "seed=-1"])
+    told = mistakes(["block=3", "finetune.tokens=x", "seed", "profile.tokens=0", "data=a", "data.train=[b]", "seed=-1"])
     for part in (
         "6 mistakes",
         "unknown key 'block'",
         "finetune.tokens",
         "'seed' is not",
-        "block_size is 0",
+        "profile.tokens is 0",
         "given twice",
         "seed is -1",
     ):
         assert part in told
-    assert "where: recipe routed" in told
+    assert "where: recipe default" in told
 
 
 def test_a_recipe_of_ones_own_builds_on_another(tmp_path: Path) -> None:
@@ -224,11 +230,11 @@ def test_a_recipe_of_ones_own_builds_on_another(tmp_path: Path) -> None:
     folder.mkdir()
     path = folder / "mine v1.2.yaml"
     path.write_text(
-        "# Mine.\ndefaults: [smoke, _self_]\nblock_size: 4\nfinetune:\n  wandb: off\n  tokens: 2e5\ndata:\n"
+        "# Mine.\ndefaults: [smoke, _self_]\nblock_size: 1\nfinetune:\n  wandb: off\n  tokens: 2e5\ndata:\n"
     )
     config = compose(str(path), ["seed=3"])
     smoke = compose("smoke")
-    assert (config.block_size, config.seed, config.finetune.wandb, config.finetune.tokens) == (4, 3, "off", 200_000)
+    assert (config.block_size, config.seed, config.finetune.wandb, config.finetune.tokens) == (1, 3, "off", 200_000)
     assert config.calibrate == smoke.calibrate
     assert find(str(path)).header == "Mine."
 
@@ -253,18 +259,18 @@ def test_a_recipe_that_cannot_be_used(tmp_path: Path, text: str, said: str) -> N
 
 @pytest.mark.parametrize("name", ["nestd", "absent.yaml", "", "README.md"])
 def test_a_recipe_that_is_not_there(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"no recipe .*\n  expected: one of routed"):
+    with pytest.raises(ConfigError, match=r"no recipe .*\n  expected: one of default"):
         find(name)
 
 
 def test_a_resolved_recipe_is_read_back_the_same(tmp_path: Path) -> None:
     from dataclasses import asdict
 
-    config = compose("training-free", ["data=a b.txt,c", "finetune.wandb=off", "finetune.learning_rate=1e-5"])
+    config = compose("default", ["data=a b.txt,c", "finetune.wandb=off", "finetune.learning_rate=1e-5"])
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(asdict(config)))
     assert load(path) == config
-    assert load(path, ["block_size=4"]).block_size == 4
+    assert load(path, ["block_size=1"]).block_size == 1
     path.write_text("- not a mapping")
     with pytest.raises(ConfigError, match="cannot be read"):
         load(path)
@@ -287,7 +293,7 @@ def test_composing_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.chdir(tmp_path)
     handlers = list(logging.getLogger().handlers)
-    compose("smoke", ["block_size=4"])
+    compose("smoke", ["block_size=1"])
     assert list(tmp_path.iterdir()) == [], "no job folder"
     assert logging.getLogger().handlers == handlers
 

@@ -15,12 +15,20 @@ def tiny_config(source: Path, text: Path, *, router: str = "auto", check: bool =
     """All five stages, about a dozen training steps, of nested experts."""
     return RunConfig(
         source=str(source),
+        stages=["profile", "carve", "finetune", "calibrate", "export"],
         experts="nested",
         blocks=4,
         data=DataConfig(train=[str(text)], sequence_length=32, validation_share=0.5),
         profile=ProfileConfig(tokens=1024, batch_size=8),
         finetune=FinetuneConfig(
-            tokens=12 * 4 * 32, batch_size=4, router=router, warmup_steps=2, save_every=2, wandb="off"
+            tokens=12 * 4 * 32,
+            batch_size=4,
+            router=router,
+            router_rank=8,
+            budgets=[0.2, 0.75],
+            warmup_steps=2,
+            save_every=2,
+            wandb="off",
         ),
         calibrate=CalibrateConfig(
             budgets=[0.25, 0.5, 0.75], tokens=512, score_tokens=512, batch_size=8, speed_tokens=2

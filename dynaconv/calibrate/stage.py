@@ -62,7 +62,8 @@ class CalibrateStage(Stage):
         model = load(context.inputs["dynamic"]).to(device).eval()
         parent = load_dense(context.inputs["parent"], device)
         text = held_out(context, model.config).own(ranks)
-        cost = CostModel.of(Checkpoint.open(context.inputs["parent"]), context=data.sequence_length // 2)
+        checkpoints = Checkpoint.open(context.inputs["parent"]), Checkpoint.open(context.inputs["dynamic"])
+        parent_cost, own_cost = (CostModel.of(each, context=data.sequence_length // 2) for each in checkpoints)
         budgets, neurons = grid(model, settings), KINDS[model.layout.router.kind].experts == "neurons"
         settings = replace(settings, budgets=budgets)
         measured = neurons and config.sketch.means and not model.layout.means  # what fine-tuning has trained is kept
@@ -76,7 +77,7 @@ class CalibrateStage(Stage):
             else:
                 table = uniform_table(model.layout, budgets)
             model.layout = model.layout.with_dial(table, None)
-            frontier = measure(model, parent, text, cost, settings.speed_tokens, task, ranks)
+            frontier = measure(model, parent, text, (parent_cost, own_cost), settings.speed_tokens, task, ranks)
         if ranks.main:
             with storage_errors(context.folder):
                 model.layout.with_dial(table, frontier).save(context.folder)

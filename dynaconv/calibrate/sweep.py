@@ -137,7 +137,7 @@ def measure(
     model: Any,
     parent: Any,
     text: Text,
-    cost: CostModel,
+    costs: tuple[CostModel, CostModel],
     speed_tokens: int,
     task: Task,
     ranks: Ranks | None = None,
@@ -148,7 +148,7 @@ def measure(
         model: A dynamic model with its dial table.
         parent: The dense checkpoint it came from.
         text: Scored on ``text.score``.
-        cost: Cost model of the parent.
+        costs: Cost models of the parent, and of the dense checkpoint that ``model`` is at full dial.
         speed_tokens: Tokens generated for tokens/s, 0 for none.
         task: Advanced once a budget.
         ranks: The processes that each have some of ``text``, of which rank 0 measures speed; alone by default.
@@ -165,8 +165,8 @@ def measure(
         task.advance(note=f"budget {budget:g} loss {got.loss:.3f}")
     measured = speed_tokens if ranks is None or ranks.main else 0
     speeds = _speeds(model, parent, text.score[0].input_ids[:1, :16], measured)
-    of_parent = _point(1.0, replace(dense, agreement=1.0, widths=()), prompted, dense, prompted, cost)
-    points = [_point(budget, got, after, dense, prompted, cost) for budget, got, after in found]
+    of_parent = _point(1.0, replace(dense, agreement=1.0, widths=()), prompted, dense, prompted, costs[0])
+    points = [_point(budget, got, after, dense, prompted, costs[1]) for budget, got, after in found]
     return Frontier(
         parent=replace(of_parent, tokens_per_s=speeds.get("parent")),
         points=tuple(replace(point, tokens_per_s=speeds.get(str(point.budget))) for point in points),

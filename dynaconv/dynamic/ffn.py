@@ -185,7 +185,7 @@ class DynamicFFN(nn.Module):
             if mean is not None and mean.dim() > 1:
                 mean = mean.expand(*x.shape[:-1], -1).reshape(-1, mean.shape[-1])
             if isinstance(decision.choice, Subset) and decision.choice.exact is not None and self.copy is not None:
-                self.copy.follow(weights)
+                self._renew_copy()
                 low = self.copy.values(weights)
         return BlockedFFN(weights, self.site.partition, low, mean)
 
@@ -244,7 +244,22 @@ class DynamicFFN(nn.Module):
     def _prepare(self) -> None:
         """Lets a sketch router see the weights as they are now."""
         if isinstance(self.router, SketchRouter) and self.copy is not None:
+            self._renew_copy()
             self.router.follow(self.copy, self.weights())
+
+    def _renew_copy(self) -> None:
+        """Makes the few-bit copy of the weights as they are now."""
+        assert self.copy is not None
+        if torch.compiler.is_compiling():
+            self._copy_for_compiled_code()
+        else:
+            self.copy.follow(self.weights())
+
+    @torch.compiler.assume_constant_result  # runs while code is compiled, and not in compiled code
+    def _copy_for_compiled_code(self) -> bool:
+        assert self.copy is not None
+        self.copy.follow(self.weights())
+        return True
 
     def _mean(self, decision: Decision, x: Tensor) -> Tensor | None:
         """What neurons give that are off, (F,), or (B, 1, F) where sequences differ."""

@@ -182,6 +182,8 @@ def _read(content: dict[str, Any]) -> Layout:
     layers, dial = content["layers"], content["dial"]
     if type(layers) is not int or layers < 1:
         raise ValueError(f"layers is {layers!r}")
+    if content["itemsize"] not in (1, 2, 4, 8):
+        raise ValueError(f"itemsize is {content['itemsize']!r}")
     router, copy = RouterLayout(**content["router"]), content["copy"]
     if copy is not None:
         copy = CopyLayout(**copy)
@@ -189,13 +191,19 @@ def _read(content: dict[str, Any]) -> Layout:
             raise ValueError(f"the few-bit copy has {copy.bits} bits in groups of {copy.group}")
     if router.kind == "sketch" and not (copy and 1 <= router.coarse <= router.bits <= copy.bits):
         raise ValueError(f"the sketch reads {router.coarse}, then {router.bits} of {copy.bits if copy else 0} bits")
+    partition = Partition.from_json(content["partition"])
+    if router.kind == "sketch" and partition.blocks != partition.neurons:
+        raise ValueError(f"the sketch chooses among {partition.blocks} blocks, not {partition.neurons} neurons")
+    means = tuple(map(float, content["means"]))
+    if means and not _ascending(means):
+        raise ValueError(f"means are of budgets {means}, not ascending within (0, 1]")
     return Layout(
-        partition=Partition.from_json(content["partition"]),
+        partition=partition,
         layers=layers,
         ffn=FFNLayout(**content["ffn"]),
         router=router,
         copy=copy,
-        means=tuple(map(float, content["means"])),
+        means=means,
         itemsize=int(content["itemsize"]),
         dial=None if dial is None else _dial_table(dial, layers),
         lineage=content["lineage"],
@@ -206,12 +214,19 @@ def _read(content: dict[str, Any]) -> Layout:
 def _dial_table(content: Any, layers: int) -> DialTable:
     budgets = tuple(map(float, content["budgets"]))
     rows = {name: tuple(tuple(map(float, row)) for row in content[name]) for name in ("thresholds", "exact")}
-    if not budgets or list(budgets) != sorted(set(budgets)) or not 0 < budgets[0] <= budgets[-1] <= 1:
+    if not budgets or not _ascending(budgets):
         raise ValueError(f"budgets are {budgets}, not ascending within (0, 1]")
     for name, table in rows.items():
         if (table or name == "thresholds") and [len(row) for row in table] != [layers] * len(budgets):
             raise ValueError(f"{name} are not {len(budgets)} rows of {layers}")
+    if content["unit"] not in ("bytes", "neurons"):
+        raise ValueError(f"budgets are shares of {content['unit']!r}")
     return DialTable(budgets, **rows, unit=content["unit"])
+
+
+def _ascending(budgets: tuple[float, ...]) -> bool:
+    """Whether they rise, within (0, 1]."""
+    return list(budgets) == sorted(set(budgets)) and 0 < budgets[0] <= budgets[-1] <= 1
 
 
 def _from_schema_1(old: dict[str, Any]) -> dict[str, Any]:

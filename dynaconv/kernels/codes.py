@@ -39,7 +39,7 @@ class Codes:
         planes: ``(b, R, ceil(C / 8))`` uint8, 8 weights a byte, the first weight in the highest bit.
         scales: ``(R, G)`` uint8, in steps of the row's first unit.
         minimums: ``(R, G)`` uint8, how far below 0 the range of the group begins, in steps of the row's second unit.
-        units: ``(R, 2)`` float16.
+        units: ``(R, 2)`` bfloat16, whose range fits weights of any size.
     """
 
     columns: int
@@ -68,7 +68,7 @@ class Codes:
         return cls(weight.shape[1], group, planes, *others)
 
     def values(self, bits: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrix (R, C) as its first ``bits`` planes say it, each weight in the middle of what they leave open."""
+        """The matrix (R, C) as its first ``bits`` planes (from 1) say it: weights lie in the middle of what is open."""
         read = self.bits if bits is None else bits
         found = torch.empty(self.scales.shape[0], self.columns, dtype=dtype, device=self.scales.device)
         for rows in _pieces(found.shape):
@@ -117,7 +117,7 @@ def _encode(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tens
     low = -grouped.amin(-1).clamp(max=0)  # (R, G), how far the range goes below 0
     width = grouped.amax(-1).clamp(min=0) + low
     units = torch.stack([width.amax(1) / top, low.amax(1)], dim=1) / _STEPS
-    units = units.clamp_min(torch.finfo(torch.float16).smallest_normal).half()
+    units = units.clamp_min(torch.finfo(torch.bfloat16).smallest_normal).bfloat16()
     unit = units.float()
     best = None
     for shrink in SHRINKS:

@@ -22,7 +22,7 @@ from dynaconv.progress import Progress
 
 Maker = Callable[..., Path]
 BATCHES = [Batch(token_ids(8, 64, seed=seed)) for seed in range(2)]
-COST = CostModel(10, 100, 10, 1, 8, 4, 4, 16, 4, router_flops=10, router_bytes=20)
+COST = CostModel(10, 100, 10, 1, 8, 4, 4, 16, 4)
 
 
 @pytest.mark.parametrize("kind", ["width", "curve", "class", "linear"])
@@ -30,7 +30,7 @@ COST = CostModel(10, 100, 10, 1, 8, 4, 4, 16, 4, router_flops=10, router_bytes=2
 def test_gated_share_is_the_budget(tiny_checkpoint: Maker, kind: str, budget: float) -> None:
     model = dynamic_model(tiny_checkpoint(), kind)
     solved = solve_budget(model, BATCHES, budget, tolerance=0.01, iterations=12)
-    spent = score(model, BATCHES, at_one_threshold(solved.threshold, 2)).active_share
+    spent = score(model, BATCHES, at_one_threshold(solved.threshold, 2)).bytes_share
     assert spent == pytest.approx(solved.share)
     assert spent == pytest.approx(budget, abs=0.01)
 
@@ -59,29 +59,34 @@ def test_sweep_measures_a_monotone_dial(tiny_checkpoint: Maker, kind: str) -> No
     assert table.budgets == (0.25, 0.5, 0.75, 1.0)
     assert all(a >= b for low, high in pairwise(table.thresholds) for a, b in zip(low, high, strict=True))
     rows = frontier.points
-    shares = [row.active_share for row in rows]
-    assert shares == sorted(shares) and shares[-1] == 1.0
-    assert shares[:3] == pytest.approx([0.25, 0.5, 0.75], abs=0.06 if routed else 1e-9)
+    spent = [row.bytes_share for row in rows]
+    assert spent == sorted(spent) and spent[-1] == rows[-1].active_share == 1.0
+    assert spent[:3] == pytest.approx([0.25, 0.5, 0.75], abs=0.06 if routed else 1e-9)
     assert rows[-1].quality == pytest.approx(1.0, abs=1e-4) and rows[-1].agreement == 1.0
+    assert rows[-1].prompted_quality == pytest.approx(1.0, abs=1e-4)
     assert all(row.tokens_per_s is not None and row.tokens_per_s > 0 for row in [*rows, frontier.parent])
     assert all(len(row.width_by_layer) == 2 for row in rows)
     assert frontier.budgets == table.budgets and frontier.scored_tokens == 8 * 63
     flops = [row.flops_per_token for row in rows]
     assert flops == sorted(flops)
-    assert flops[0] == COST.flops_per_token(shares[0]), "routers run there"
+    assert flops[0] == COST.flops_per_token(rows[0].flops_share), "routers run there"
+    for row in rows[:3]:
+        assert row.exact_share == row.active_share
+        assert row.bytes_share == pytest.approx(row.active_share + frontier.router_bytes_share)
+    assert (frontier.router_bytes_share > 0) is routed
 
 
 def test_the_full_dial_costs_what_the_dense_model_does(tiny_checkpoint: Maker) -> None:
     folder = tiny_checkpoint(ffn=64)
     model, parent = dynamic_model(folder), dynamic_model(folder, "none")
     model.layout = model.layout.with_dial(uniform_table(model.layout, [0.5]), None)
-    checkpoint = Checkpoint.open(folder)
-    elements = sum(value.numel() for value in model.router_state().values())
-    routers = [ffn.router for ffn in model.ffns()]
-    costs = tuple(CostModel.of(checkpoint, context=32, routers=each) for each in ((), routers))
+    elements = sum(parameter.numel() for ffn in model.ffns() for parameter in ffn.router.parameters())
+    cost = CostModel.of(Checkpoint.open(folder), context=32)
     with Progress(quiet=True).task("calibrate", 2) as task:
-        frontier = measure(model, parent, Text(BATCHES[:1], BATCHES[1:]), costs, 0, task)
+        frontier = measure(model, parent, Text(BATCHES[:1], BATCHES[1:]), (cost, cost), 0, task)
     half, full = frontier.points
-    assert full.flops_per_token == frontier.parent.flops_per_token
-    assert full.bytes_per_token == frontier.parent.bytes_per_token
-    assert half.flops_per_token == costs[0].flops_per_token(half.active_share) + 2 * elements > 0
+    assert full.flops_per_token == frontier.parent.flops_per_token == cost.flops_per_token(1.0)
+    assert full.bytes_per_token == frontier.parent.bytes_per_token == cost.bytes_per_token(1.0)
+    without = cost.flops_per_token(half.active_share)
+    assert half.flops_per_token == pytest.approx(without + 2 * elements) and half.flops_per_token > without
+    assert half.bytes_per_token == pytest.approx(cost.bytes_per_token(half.active_share) + 4 * elements)

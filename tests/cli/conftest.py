@@ -14,6 +14,8 @@ from dynaconv.cli.app import app
 from dynaconv.errors import DynaconvError
 
 TINY = [
+    "--recipe",
+    "routed",
     "data.sequence_length=32",
     "block_size=24",
     "profile.tokens=512",
@@ -21,6 +23,7 @@ TINY = [
     "finetune.tokens=256",
     "finetune.batch_size=2",
     "finetune.wandb=off",
+    "finetune.router_rank=8",
     "calibrate.budgets=[0.25,0.5]",
     "calibrate.tokens=256",
     "calibrate.score_tokens=256",

@@ -16,9 +16,6 @@ from conftest import make_checkpoint
 DYNACONV = [sys.executable, "-c", "from dynaconv.cli.app import main; main()"]
 STAGES = ["profile", "carve", "finetune", "calibrate", "export"]
 TRAINING_FREE = [
-    "--recipe",
-    "training-free",
-    "block_size=12",
     "data.sequence_length=32",
     "profile.tokens=512",
     "calibrate.budgets=[0.5]",
@@ -74,10 +71,10 @@ def test_plan_writes_nothing_and_says_what_is_kept(
     plan = json.loads(dynaconv("plan", converted, "calibrate.budgets=[0.5]", "--json").out)
     assert [stage["action"] for stage in plan["stages"]] == ["keep", "keep", "keep", "stale", "stale"]
     assert plan["problems"] == []
-    fresh = json.loads(dynaconv("plan", dense, "block_size=12", "--json").out)
+    fresh = json.loads(dynaconv("plan", dense, "--recipe", "tune", "--json").out)
     assert {stage["action"] for stage in fresh["stages"]} == {"make"}
     assert fresh["peak_bytes"] > 0
-    shown = dynaconv("plan", dense, "block_size=12")
+    shown = dynaconv("plan", dense, "--recipe", "tune")
     assert shown.code == 0
     assert "05-export" in shown.out
     assert files(converted) == before
@@ -85,9 +82,9 @@ def test_plan_writes_nothing_and_says_what_is_kept(
 
 
 def test_plan_lists_every_mistake(dynaconv: Callable, tmp_path: Path) -> None:
-    ran = dynaconv("plan", tmp_path / "absent", "block=3", "block_size=0", "stages=carve,profile", "data=/not/there")
+    ran = dynaconv("plan", tmp_path / "absent", "block=3", "seed=-1", "stages=carve,profile", "data=/not/there")
     assert ran.code == 2
-    for part in ("'block'", "block_size is 0", "carve needs statistics", "no such folder", "4 mistakes"):
+    for part in ("'block'", "seed is -1", "carve needs statistics", "no such folder", "4 mistakes"):
         assert part in ran.err
     as_json = dynaconv("plan", tmp_path / "absent", "block=3", "--json")
     assert (as_json.code, as_json.err) == (2, "")

@@ -35,20 +35,20 @@ def shown(asked: Request) -> tuple[str, str, int | None]:
 
 
 def test_nothing_given_means_the_embedded_default() -> None:
-    assert shown(request(None)) == ("", "runs/embedded-routed", None)
+    assert shown(request(None)) == ("", "runs/embedded-default", None)
 
 
 def test_a_run_is_named_after_its_source_and_recipe(tmp_path: Path) -> None:
     (tmp_path / "my model").mkdir()
     assert shown(request("my model", recipe="smoke")) == (str(tmp_path / "my model"), "runs/my-model-smoke", None)
-    assert shown(request("org/some-model")) == ("org/some-model", "runs/some-model-routed", None)
+    assert shown(request("org/some-model")) == ("org/some-model", "runs/some-model-default", None)
     assert shown(request(".", out=Path("x"))) == (str(tmp_path), "x", None)
 
 
 def test_an_override_may_come_first() -> None:
-    assert shown(request("block_size=4")) == ("", "runs/embedded-routed", 4)
+    assert shown(request("block_size=4")) == ("", "runs/embedded-default", 4)
     assert shown(request("block_size=4", ["seed=1"])).count(4) == 1
-    assert shown(request(None, ["source=org/model"])) == ("org/model", "runs/model-routed", None)
+    assert shown(request(None, ["source=org/model"])) == ("org/model", "runs/model-default", None)
 
 
 def test_a_folder_with_an_equals_sign_is_a_source(tmp_path: Path) -> None:
@@ -99,4 +99,4 @@ def test_mistakes_of_every_kind_come_together() -> None:
 
 def test_each_mistake_is_told_once() -> None:
     few = ["finetune.tokens=10", "calibrate.tokens=10", "calibrate.score_tokens=10", "profile.tokens=10"]
-    assert len(request("org/model", few).problems()) == len(few)
+    assert len(request("org/model", few, recipe="tune").problems()) == len(few)

@@ -23,6 +23,7 @@ TINY_RUN = (
     "finetune.tokens=1024",
     "finetune.batch_size=4",
     "finetune.wandb=off",
+    "finetune.router_rank=4",
     "calibrate.budgets=[0.5]",
     "calibrate.tokens=512",
     "calibrate.score_tokens=512",

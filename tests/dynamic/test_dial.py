@@ -23,6 +23,15 @@ LAYOUT = Layout(
     dial=DialTable((0.25, 0.5, 1.0), ((0.0, -1.0), (-2.0, -2.0), (-9.0, -9.0))),
     frontier=a_frontier((0.25, 0.5, 1.0), (0.8, 0.9, 1.02)),
 )
+NEURONS = replace(
+    LAYOUT,
+    means=(0.25, 0.5),
+    dial=DialTable(
+        (0.25, 0.5, 1.0),
+        thresholds=((3.0, 3.0), (1.0, 1.0), (-9.0, -9.0)),
+        exact=((4.0, 4.0), (2.0, 2.0), (-9.0, -9.0)),
+    ),
+)
 UNCALIBRATED = replace(LAYOUT, dial=None, frontier=None)
 
 
@@ -96,14 +105,45 @@ def test_numbers_and_sequences_are_dials() -> None:
 
 
 def test_thresholds_keep_their_memory_while_their_shape_stays() -> None:
-    held = Thresholds()
-    first = held.fill((1.0, 2.0), torch.device("cpu"))
+    held, cpu = Thresholds(), torch.device("cpu")
+    layout = replace(LAYOUT, dial=DialTable((0.5, 1.0), ((1.0, 2.0), (0.0, 0.0))))
+    first = held.fill(Dial(0.5), layout, cpu)
+    assert first.thresholds.tolist() == [1.0, 2.0] and first.exact is None and first.means is None
+    memory = held.values
     with torch.inference_mode():
-        assert held.fill((3.0, -math.inf), torch.device("cpu")) is first
-    assert first.tolist() == [3.0, -math.inf]
-    assert held.fill(((1.0, 2.0), (3.0, 4.0)), torch.device("cpu")).shape == (2, 2)
+        assert held.fill(Dial.full(), layout, cpu).thresholds.data_ptr() == memory.data_ptr()
+    assert held.values is memory and first.thresholds.tolist() == [-math.inf, -math.inf]
+    assert held.fill((Dial(0.5), Dial(0.75)), layout, cpu).thresholds.tolist() == [[1.0, 2.0], [0.5, 1.0]]
     with torch.inference_mode():
         second = Thresholds()
-        made_there = second.fill((1.0, 2.0), torch.device("cpu"))
-    assert second.fill((5.0, 6.0), torch.device("cpu")) is made_there
-    assert made_there.tolist() == [5.0, 6.0]
+        made_there = second.fill(Dial(0.5), layout, cpu)
+    assert second.fill(Dial(0.75), layout, cpu).thresholds.data_ptr() == made_there.thresholds.data_ptr()
+    assert made_there.thresholds.tolist() == [0.5, 1.0]
+
+
+def test_thresholds_of_exact_values_and_means_lie_beside_the_others() -> None:
+    layout = NEURONS
+    held, cpu = Thresholds(), torch.device("cpu")
+    one = held.fill(Dial(0.375), layout, cpu)
+    assert one.exact is not None and one.means is not None
+    assert [part.tolist() for part in (one.thresholds, one.exact, one.means)] == [[2.0, 2.0], [3.0, 3.0], [0.5, 0.5]]
+    each = held.fill((Dial(0.25), Dial(0.75), Dial.full()), layout, cpu)
+    assert each.exact is not None and each.means is not None
+    assert each.thresholds.tolist() == [[3.0, 3.0], [-4.0, -4.0], [-math.inf, -math.inf]]
+    assert each.exact.tolist() == [[4.0, 4.0], [-3.5, -3.5], [-math.inf, -math.inf]]
+    assert each.means.tolist() == [[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]
+    copy = each.clone()
+    held.fill((Dial(0.5),) * 3, layout, cpu)
+    assert copy.thresholds.tolist()[0] == [3.0, 3.0] != each.thresholds.tolist()[0]
+
+
+@given(st.tuples(st.floats(0.25, 1), st.floats(0.25, 1)))
+def test_turning_the_dial_up_lowers_every_threshold(budgets: tuple[float, float]) -> None:
+    layout = NEURONS
+    low, high = (Dial(budget) for budget in sorted(budgets))
+    for name in ("thresholds", "exact"):
+        pairs = zip(getattr(low, name)(layout), getattr(high, name)(layout), strict=True)
+        assert all(a >= b for a, b in pairs)
+    for dial in (low, high):
+        assert all(e >= t for e, t in zip(dial.exact(layout), dial.thresholds(layout), strict=True))
+        assert sum(dial.means(layout)) == pytest.approx(1.0)

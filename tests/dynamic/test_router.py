@@ -10,17 +10,20 @@ from typing import ClassVar
 import pytest
 import torch
 from dynamic_models import ROUTERS, THRESHOLDS, dynamic_model, token_ids
+from ffn_networks import random_network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import dynaconv
-from dynaconv.dynamic.layout import DialTable, RouterLayout
+from dynaconv.dynamic.few_bits import FewBitCopy
+from dynaconv.dynamic.layout import CopyLayout, DialTable, RouterLayout
 from dynaconv.dynamic.modeling import attach
 from dynaconv.dynamic.recorder import Recorder
 from dynaconv.dynamic.routers.base import Router, as_threshold
 from dynaconv.dynamic.routers.kinds import KINDS
+from dynaconv.dynamic.routers.sketch import SketchRouter
 from dynaconv.dynamic.thresholds import solve_threshold
 from dynaconv.kernels.choice import Choice, Subset
 from dynaconv.kernels.partition import Partition
@@ -35,16 +38,28 @@ PARTITIONS = {
 }
 Maker = Callable[..., Path]
 every_kind = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "none"])
+with_parameters = pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind].objective != "weights"])
 every_partition = pytest.mark.parametrize("cut", PARTITIONS)
 
 
 def router(kind: str, seed: int = 0, partition: Partition = UNEVEN) -> Router:
     """One with random opinions."""
+    if kind == "sketch":
+        return sketch(seed, partition.blocks)
     made = KINDS[kind](6, partition, ROUTERS[kind])
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_(generator=generator)
+    return made
+
+
+def sketch(seed: int, neurons: int) -> SketchRouter:
+    """One of an FFN of its own."""
+    made = SketchRouter(6, Partition.equal(neurons, 1), ROUTERS["sketch"])
+    copy, weights = FewBitCopy(CopyLayout(4, 3), 3, 2), random_network(6, neurons, dtype=torch.float32, seed=seed)
+    copy.follow(weights)
+    made.follow(copy, weights)
     return made
 
 
@@ -101,8 +116,8 @@ def test_a_threshold_per_sequence_is_the_threshold_of_each(kind: str) -> None:
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.8])
 def test_the_solved_threshold_spends_the_budget(kind: str, budget: float, cut: str) -> None:
     """To one jump of the share: above the threshold that was found, less than the budget is spent."""
-    partition = PARTITIONS[cut]
-    routers = [router(kind, seed, partition) for seed in range(3)]
+    routers = [router(kind, seed, PARTITIONS[cut]) for seed in range(3)]
+    partition = routers[0].partition
     count = 400 if partition.blocks > 100 else 3000
     scores = [made(tokens(count, 7)).detach() for made in routers]
 
@@ -146,7 +161,7 @@ def test_blocks_count_by_their_size() -> None:
     assert solve_threshold(made, [scores], 0.51) < -1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@with_parameters
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_any_precision(kind: str, dtype: torch.dtype) -> None:
     exact, made = router(kind), router(kind).to(dtype)
@@ -161,7 +176,7 @@ def test_any_precision(kind: str, dtype: torch.dtype) -> None:
         assert torch.equal(exact(x), router(kind)(x)), "autocast is not for routers: their scores meet thresholds"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@with_parameters
 def test_a_router_starts_silent_and_says_what_it_costs(kind: str) -> None:
     made = KINDS[kind](6, UNEVEN, ROUTERS[kind])
     scores = made(tokens(10)).detach()

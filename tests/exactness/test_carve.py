@@ -167,11 +167,12 @@ def test_every_width_of_every_family_is_profiled_and_carved_at_any_grain(
     width: int,
     block_size: int | None,
 ) -> None:
-    """The default recipe's blocks, and the smallest and largest: a permutation of the parent, and a router each."""
+    """The blocks of recipe ``routed``, and the smallest and largest: a permutation of the parent, and a router each."""
     from transformers import AutoModelForCausalLM
 
     size = block_size or max(1, width // 64)
     config = RunConfig(
+        experts="routed",
         block_size=block_size,
         data=DataConfig(train=[str(text_file)], sequence_length=32),
         profile=ProfileConfig(tokens=512, batch_size=4),

@@ -99,7 +99,7 @@ def test_routed_experts_are_the_parent_and_have_a_dial(
         spent.append(float(recorder.all_shares().mean()))
     assert spent == sorted(spent) and spent[0] < 0.45 and spent[-1] == 1.0
     points = read_json(folder / "frontier.json")["frontier"]
-    assert [point["active_share"] for point in points] == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=0.06)
+    assert [point["bytes_share"] for point in points] == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=0.06)
 
 
 def test_the_check_notices_a_wrong_folder(tiny_checkpoint: Maker, tmp_path: Path, text_file: Path) -> None:

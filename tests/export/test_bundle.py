@@ -63,4 +63,4 @@ for folder in ("one", "two"):
     assert found.returncode == 0, found.stderr
     lines = [line.split() for line in found.stdout.splitlines()]
     assert lines[0][0] != lines[1][0]
-    assert set(lines[0][1:]) == {"none", "width", "curve", "class", "linear"}
+    assert set(lines[0][1:]) == {"none", "width", "curve", "class", "linear", "sketch"}

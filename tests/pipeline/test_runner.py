@@ -278,7 +278,7 @@ def test_one_stage_needs_its_inputs(config: RunConfig, run: Run) -> None:
     assert "dynaconv profile" in str(caught.value)
     go(config, run, until="profile")
     config.profile.tokens *= 2
-    with pytest.raises(StaleArtifactError, match=r"profile\.tokens: 65536 -> 131072"):
+    with pytest.raises(StaleArtifactError, match=r"profile\.tokens: 32768 -> 65536"):
         run_stage(config, Run.open(run.path), "carve", progress=Progress(quiet=True))
     with pytest.raises(ConfigError, match="no such stage"):
         run_stage(config, Run.open(run.path), "resize", progress=Progress(quiet=True))

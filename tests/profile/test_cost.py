@@ -35,7 +35,8 @@ small, large, text, folder = map(Path, sys.argv[1:5])
 data, amount = DataConfig(train=[str(text)], sequence_length=64), ProfileConfig(tokens=4096, batch_size=8)
 
 def profile(dense, block_size, before=0):
-    config, out = RunConfig(block_size=block_size, data=data, profile=amount), folder / f"{dense.name}-{block_size}"
+    experts = dict(experts="routed", block_size=block_size) if block_size else dict(experts="neurons")
+    config, out = RunConfig(**experts, data=data, profile=amount), folder / f"{dense.name}-{block_size}"
     out.mkdir(parents=True)
     known = reset_peak()
     context = StageContext(config, {"dense": dense}, out, out, Progress(quiet=True), logging.getLogger("test"))
@@ -45,6 +46,7 @@ def profile(dense, block_size, before=0):
 
 profile(small, 16)
 before = rss_bytes()
+# Block sizes; 0 stands for single neurons.
 print(json.dumps({size: profile(large, int(size), before) for size in sys.argv[5:]}))
 """
 
@@ -53,20 +55,21 @@ def test_profiling_holds_no_more_than_it_said(
     tiny_checkpoint: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
     dense = [tiny_checkpoint(ffn=ffn, layers=1) for ffn in (1024, NEURONS)]
-    command = [sys.executable, "-c", PROFILE, *map(str, (*dense, text_file, tmp_path / "out", 1000, 16, 1))]
+    command = [sys.executable, "-c", PROFILE, *map(str, (*dense, text_file, tmp_path / "out", 1000, 16, 1, 0))]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode == 0, ran.stderr
     sample = 4 * SAMPLED * NEURONS
     for block_size, found in json.loads(ran.stdout).items():
         if not found["known"]:
             pytest.skip("this system does not tell a process's peak memory apart from its past")
-        assert sample < found["grown"] < found["estimate"] + 3e7, block_size
-        assert found["estimate"] < 2 * found["grown"], block_size
+        assert (sample if int(block_size) else 0) < found["grown"] < found["estimate"] + 3e7, block_size
+        if int(block_size):  # of single neurons so little is kept that buffers of reading make up the estimate
+            assert found["estimate"] < 2 * found["grown"], block_size
 
 
 def test_the_estimate_grows_with_the_number_of_blocks(tiny_checkpoint: Callable[..., Path]) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint(ffn=4096))
-    coarse, fine = (profile_estimate(RunConfig(block_size=size), checkpoint) for size in (64, 2))
+    coarse, fine = (profile_estimate(RunConfig(experts="routed", block_size=size), checkpoint) for size in (64, 2))
     assert fine.peak_bytes > coarse.peak_bytes
     assert fine.flops > coarse.flops
     assert fine.disk_bytes - coarse.disk_bytes == 2 * 4 * 65 * (2048 - 64)

@@ -18,7 +18,8 @@ from dynaconv.train.stage import FinetuneStage
 def config(path: Path | None = None, **engine: Any) -> RunConfig:
     tuning = FinetuneConfig(batch_size=16, accumulation=2, clip=0.5)
     settings = {"kind": "deepspeed", "zero_stage": 2, "deepspeed_config": None if path is None else str(path), **engine}
-    return RunConfig(finetune=tuning, engine=EngineConfig(**settings))
+    stages = ["profile", "carve", "finetune", "calibrate", "export"]
+    return RunConfig(stages=stages, finetune=tuning, engine=EngineConfig(**settings))
 
 
 def test_the_recipe_decides() -> None:

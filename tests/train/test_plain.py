@@ -27,7 +27,13 @@ from dynaconv.train.step import Trainer
 Maker = Callable[..., Path]
 BLOCKS, STEPS, SEED = 4, 6, 3
 CONFIG = FinetuneConfig(
-    batch_size=4, learning_rate=3e-3, router_learning_rate=3e-3, warmup_steps=2, uniform_share=0.5, temperature=0.7
+    batch_size=4,
+    learning_rate=3e-3,
+    router_learning_rate=3e-3,
+    warmup_steps=2,
+    uniform_share=0.5,
+    temperature=0.7,
+    budgets=[0.2, 0.75],
 )
 DENSE = LossesConfig(full=LossConfig(1.0), distill=LossConfig(0.0), distill_full=LossConfig(0.0))
 

@@ -69,15 +69,16 @@ def test_training_measures_every_so_many_steps(tiny_checkpoint: Maker, router: s
     assert not [name for name in without.step(3) if name.startswith("layer")]
 
 
-def test_the_share_spent_counts_neurons_not_blocks(tiny_checkpoint: Maker) -> None:
+def test_the_share_spent_counts_neurons_and_the_router(tiny_checkpoint: Maker) -> None:
     model = dynamic_model(tiny_checkpoint(ffn=67))
     recorder, edges = Recorder(), model.layout.partition.edges
     with torch.no_grad(), model.call.using(model.policy(0.5), recorder):
         model(token_ids())
-    widths = [found[0] for found in recorder.widths.values()]
+    widths, cost = [found[0] for found in recorder.widths.values()], model.ffns()[0].cost.bytes
+    assert 0.0 < cost.fixed < 0.1 and cost.exact == 1.0
     expected = sum(edges[int(w)] for found in widths for w in found.flatten()) / edges[-1] / (2 * 24)
-    assert 0.1 < share_spent(recorder, None) == pytest.approx(expected)
+    assert 0.1 < share_spent(recorder, None) == pytest.approx(cost.fixed + expected)
     mask = torch.ones(2, 12, dtype=torch.bool)
     mask[1, 4:] = False
     expected = sum(edges[int(w)] for found in widths for w in found[mask]) / edges[-1] / (2 * 16)
-    assert share_spent(recorder, mask) == pytest.approx(expected), "padding spends nothing"
+    assert share_spent(recorder, mask) == pytest.approx(cost.fixed + expected), "padding spends nothing"

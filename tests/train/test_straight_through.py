@@ -22,7 +22,7 @@ def decided(ffn: DynamicFFN, x: Tensor, policy: StraightThrough) -> tuple[Tensor
     """Weights of the blocks and the scores that they come from, which keep their gradient."""
     decision, recorder = policy.decide(ffn.site, ffn.router, x), ScoreGradients()
     assert decision.choice is not None
-    recorder.record(Record(ffn.site, x, decision.choice, decision.scores, None))
+    recorder.record(Record(ffn.site, x, decision.choice, decision.scores, None, ffn.cost))
     return decision.choice.mask(ffn.site.blocks), recorder.trained_scores[0]
 
 

@@ -3,7 +3,7 @@
 A neuron gives ``|act(gate x) (up x)| * ||down column||`` (``|act(up x)| * ||down column||`` where FFNs have no gate).
 The router looks twice. First at the gate alone, in the fewest bits, for all neurons; ``up x`` is taken to have its mean
 size for an input of that norm (``up_mean``, from calibration text). Then at gate and up, in a few more bits, for the
-neurons that come within ``reach`` of being used by the first look, so that most bytes go to neurons that are about to be
+neurons that come within ``reach`` of being used by the first look, so that most bytes go to neurons about to be
 used. A neuron is on where both looks say so. Nothing is trained: scores follow the weights. They are relative to the
 layer's ``offset``, since what layers add does not compare. Ships with every exported model.
 
@@ -50,9 +50,7 @@ class SketchRouter(Router):
         self._weights: FFNWeights | None = None
 
     def follow(self, copy: FewBitCopy, weights: FFNWeights) -> None:
-        """Scores from here on are those of ``weights``, through their ``copy``."""
-        if not torch.compiler.is_compiling():  # compiled code uses the copy that was made before
-            copy.follow(weights)
+        """Scores from here on are those of ``weights``, through their ``copy``, which has been made."""
         self.copy, self._weights = copy, weights
 
     def __getstate__(self) -> dict[str, object]:

@@ -1,0 +1,233 @@
+"""Sketch routers: scores are what neurons would give by the first bits of the weights; two looks are one rule."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dynamic_models import neurons_model, token_ids
+from ffn_networks import random_network
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import dynaconv
+from dynaconv import Dial
+from dynaconv.dynamic.few_bits import FewBitCopy
+from dynaconv.dynamic.layout import CopyLayout, RouterLayout
+from dynaconv.dynamic.recorder import Recorder
+from dynaconv.dynamic.routers.sketch import SMALLEST, SketchRouter
+from dynaconv.kernels.choice import Subset
+from dynaconv.kernels.codes import Codes
+from dynaconv.kernels.partition import Partition
+from dynaconv.kernels.weights import FFNWeights
+
+WIDTH, NEURONS = 13, 37
+Maker = Callable[..., Path]
+
+
+def tokens(count: int = 40, seed: int = 5) -> Tensor:
+    return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def network(seed: int = 0, **settings: Any) -> FFNWeights:
+    return random_network(WIDTH, NEURONS, **{"dtype": torch.float32, **settings}, seed=seed)
+
+
+def sketch(weights: FFNWeights, *, bits: int = 3, coarse: int = 2, reach: float = 0.7, low: int = 4) -> SketchRouter:
+    router = SketchRouter(WIDTH, Partition.equal(NEURONS, 1), RouterLayout("sketch", bits=bits, reach=reach))
+    few = FewBitCopy(CopyLayout(low, 5), bits, coarse)
+    few.follow(weights)
+    router.follow(few, weights)
+    return router
+
+
+def looked_at(weights: FFNWeights, x: Tensor, bits: int, low: int = 4) -> Tensor:
+    """Scores of one look in ``bits`` bits, from the definition."""
+
+    def read(matrix: Tensor) -> Tensor:
+        return Codes.of(matrix, low, 5).values(bits)
+
+    up = x @ read(weights.up).T + (0 if weights.up_bias is None else weights.up_bias)
+    if weights.gate is None:
+        given = weights.activation(up)
+    else:
+        gate = x @ read(weights.gate).T + (0 if weights.gate_bias is None else weights.gate_bias)
+        given = weights.activation(gate) * up
+    return (given.abs() * weights.down.norm(dim=0)).clamp_min(SMALLEST).log()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_scores_are_what_neurons_would_give(gated: bool, bias: bool) -> None:
+    weights, x = network(gated=gated, bias=bias, activation=1), tokens()
+    once = sketch(weights, bits=3, coarse=3)(x)
+    torch.testing.assert_close(once, looked_at(weights, x, 3), rtol=1e-4, atol=1e-4)
+    first = looked_at(weights, x, 2) + 0.7
+    twice = sketch(weights)(x)
+    assert twice.shape == (40, 2 * NEURONS) and twice.dtype == torch.float32
+    expected = torch.cat([torch.minimum(first, looked_at(weights, x, 3)), first], dim=-1)
+    torch.testing.assert_close(twice, expected, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=30)
+@given(
+    threshold=st.floats(-8, 2),
+    reach=st.sampled_from([0.0, 0.3, 2.0, 50.0]),
+    coarse=st.integers(1, 3),
+    seed=st.integers(0, 50),
+)
+def test_two_looks_leave_out_what_either_leaves_out(threshold: float, reach: float, coarse: int, seed: int) -> None:
+    weights, x = network(seed), tokens(seed=seed)
+    router = sketch(weights, bits=3, coarse=coarse, reach=reach)
+    choice = router.choose(router(x), threshold)
+    assert isinstance(choice, Subset)
+    if coarse == 3:
+        assert choice.closer is None
+        return
+    first, second = looked_at(weights, x, coarse) + reach, looked_at(weights, x, 3)
+    sure = ((first - threshold).abs() > 1e-4) & ((second - threshold).abs() > 1e-4)  # not a matter of rounding
+    closer = first > threshold
+    assert choice.closer is not None
+    assert torch.equal(choice.closer[sure], closer[sure])
+    assert torch.equal(choice.on[sure], (closer & (second > threshold))[sure])
+    assert not bool((choice.on & ~choice.closer).any()), "a neuron is used only after the second look"
+
+
+def test_one_threshold_a_token_and_both_ends() -> None:
+    router, x = sketch(network(activation=2)), tokens()  # relu: many neurons give exactly nothing
+    scores = router(x)
+    assert bool(scores.isfinite().all()) and float(scores.min()) < math.log(SMALLEST) + 1
+    lowest, highest = router.threshold_range()
+    for threshold, everything in ((-math.inf, True), (lowest, True), (highest, False), (math.inf, False)):
+        choice = router.choose(scores, threshold)
+        assert bool((choice.mask(NEURONS) == everything).all())
+        assert bool((choice.closer == everything).all())  # type: ignore[union-attr]
+    each = torch.linspace(-4, 1, len(x))
+    found = router.choose(scores, each)
+    for row, threshold in enumerate(each.tolist()):
+        assert torch.equal(found.mask(NEURONS)[row], router.choose(scores[row], threshold).mask(NEURONS))
+
+
+def test_the_offset_moves_every_score_alike() -> None:
+    weights, x = network(), tokens()
+    router, moved = sketch(weights), sketch(weights)
+    moved.offset.fill_(1.5)
+    torch.testing.assert_close(moved(x), router(x) - 1.5, rtol=0, atol=1e-6)
+    assert torch.equal(moved.choose(moved(x), -2.0).mask(NEURONS), router.choose(router(x) - 1.5, -2.0).mask(NEURONS))
+
+
+@pytest.mark.parametrize("coarse", [2, 3])
+def test_the_top_neurons_are_the_highest_scored(coarse: int) -> None:
+    router, x = sketch(network(), coarse=coarse), tokens()
+    compared, _ = router.parts(router(x))
+    for width in (0, 1, 20, NEURONS):
+        top = router.top(x, width)
+        assert bool((top.width() == width).all())
+        for row, on in zip(compared, top.mask(NEURONS), strict=True):
+            assert width in (0, NEURONS) or float(row[on].min()) >= float(row[~on].max())
+        assert isinstance(top, Subset) and (top.closer is None if coarse == 3 else bool(top.closer.all()))
+
+
+@pytest.mark.parametrize("part", ["gate", "up", "down"])
+def test_scores_follow_weights_that_change_in_place(part: str) -> None:
+    weights, x = network(), tokens()
+    router = sketch(weights)
+    few = router.copy
+    before, kept = router(x), few.sketches
+    few.follow(weights)
+    assert few.sketches is kept, "the same weights need no new copy"
+    with torch.no_grad():
+        getattr(weights, part).mul_(-1.7).add_(0.01)
+    few.follow(weights)
+    assert not torch.equal(router(x), before)
+    assert torch.equal(router(x), sketch(weights)(x))
+    assert few.low is not None
+    torch.testing.assert_close(few.low.down.T, Codes.of(weights.down.T, 4, 5).values())
+
+
+def test_a_step_of_an_optimizer_moves_scores_and_low_bit_values(tiny_checkpoint: Maker) -> None:
+    model, ids = neurons_model(tiny_checkpoint()), token_ids()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    model(ids, labels=ids, dial=0.25).loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        found = model(ids, dial=0.25).logits
+        fresh = pickle.loads(pickle.dumps(model))  # makes its copies anew
+        torch.testing.assert_close(found, fresh(ids, dial=0.25).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_other_weights_in_the_same_place_are_noticed(tiny_checkpoint: Maker) -> None:
+    model, ids = neurons_model(tiny_checkpoint()), token_ids()
+    other = neurons_model(tiny_checkpoint(seed=3))
+    with torch.no_grad():
+        model(ids, dial=0.25)
+        model.load_state_dict(other.state_dict())
+        torch.testing.assert_close(model(ids, dial=0.25).logits, other(ids, dial=0.25).logits, rtol=1e-5, atol=1e-5)
+        half = model.to(torch.bfloat16)
+        expected = copy.deepcopy(half)(ids, dial=0.25).logits
+        assert torch.equal(half(ids, dial=0.25).logits, expected)
+
+
+def test_nothing_of_the_sketch_is_saved_but_its_offset(tiny_checkpoint: Maker, tmp_path: Path) -> None:
+    model, ids = neurons_model(tiny_checkpoint()), token_ids()
+    names = {"means", "router.offset"}
+    assert set(model.router_state()) == {f"layers.{layer}.{name}" for layer in range(2) for name in names}
+    with torch.no_grad():
+        expected = {dial: model(ids, dial=dial).logits for dial in (0.25, 0.6, 1.0)}
+        state = pickle.dumps(model.ffns()[0].copy), pickle.dumps(model.ffns()[0].router)
+        assert all(len(part) < 5000 for part in state), "copies are made, not kept"
+        model.save_pretrained(tmp_path / "saved")
+        again = dynaconv.load(tmp_path / "saved").eval()
+        assert again.layout == model.layout
+        for dial, logits in expected.items():
+            torch.testing.assert_close(again(ids, dial=dial).logits, logits, rtol=1e-5, atol=1e-5)
+            assert not torch.equal(logits, expected[1.0]) or dial == 1.0
+    names = set(again.dense_state())
+    assert not any("offset" in name or "means" in name for name in names)
+
+
+def test_a_dial_for_each_sequence_is_the_dial_of_each(tiny_checkpoint: Maker) -> None:
+    for family in ("llama", "opt"):
+        model, ids = neurons_model(tiny_checkpoint(family)), token_ids(4)
+        dials, recorder = [0.25, 0.4, 1.0, 0.6], Recorder()
+        with torch.no_grad():
+            with model.call.using(recorder=recorder):
+                together = model(ids, dial=dials).logits
+            alone = [model(ids[row : row + 1], dial=dial).logits[0] for row, dial in enumerate(dials)]
+        for row in range(4):
+            torch.testing.assert_close(together[row], alone[row], rtol=1e-4, atol=1e-4)
+        spent = recorder.all_costs()[2].mean(0).view(4, -1).mean(1).tolist()
+        assert spent[0] < spent[1] < spent[3] < spent[2]
+
+
+@pytest.mark.parametrize(
+    ("family", "means", "values"),
+    [("llama", (), False), ("llama", (0.25, 0.5), True), ("gpt2", (), True), ("opt", (0.25, 0.5), True)],
+)
+def test_compiled_models_say_the_same(
+    tiny_checkpoint: Maker, family: str, means: tuple[float, ...], values: bool
+) -> None:
+    torch._dynamo.reset()
+    model, ids = neurons_model(tiny_checkpoint(family), copy=CopyLayout(4, 32, values), means=means), token_ids()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for dial in (0.25, 0.4, 1.0):
+            model.dial = dial
+            found = compiled(ids).logits  # before anything has made the few-bit copy
+            torch.testing.assert_close(found, model(ids).logits, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_generation_at_a_low_dial(tiny_checkpoint: Maker) -> None:
+    model, ids = neurons_model(tiny_checkpoint()), token_ids(2, 6)
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(ids, dial=Dial(0.25, prompt=Dial(0.25)), **settings)
+    again = model.generate(ids, dial=Dial(0.25, prompt=Dial(0.25)), use_cache=False, **settings)
+    assert found.shape == (2, 12) and torch.equal(found, again)
