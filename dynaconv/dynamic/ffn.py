@@ -255,7 +255,7 @@ class DynamicFFN(nn.Module):
         else:
             self.copy.follow(self.weights())
 
-    @torch.compiler.assume_constant_result  # runs while code is compiled, and not in compiled code
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # runs while code is compiled
     def _copy_for_compiled_code(self) -> bool:
         assert self.copy is not None
         self.copy.follow(self.weights())
