@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,11 +33,24 @@ DialOption = Annotated[
 ]
 
 
+class Values(StrEnum):
+    """What of the FFNs is held in memory."""
+
+    exact = "exact"
+    low_bit = "low-bit"
+
+
+ValuesOption = Annotated[
+    Values, typer.Option("--values", help="What memory holds of the FFNs: low-bit is smaller, slower, less exact.")
+]
+
+
 def evaluate(
     model: Scored,
     data: Annotated[str, typer.Option(metavar="SPEC", help="Text: a file, glob, folder, data set or python-stdlib.")],
     dial: DialOption = None,
     tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens to score at most.")] = TOKENS,
+    values: ValuesOption = Values.exact,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Settings below data, such as data.field=answer.", show_default=False),
@@ -51,7 +65,7 @@ def evaluate(
     check_weights(folder)
     config = compose(overrides=[f"data={data}", *(overrides or [])]).data
     with _threads(folder, tokens=min(tokens, BATCH * config.sequence_length), quiet=as_json):
-        scores = evaluate_folder(folder, chosen, config, tokens=tokens)
+        scores = evaluate_folder(folder, chosen, config, tokens=tokens, values=values.value)
     if as_json:
         print_json(scores)
     else:
@@ -67,6 +81,7 @@ def generate(
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to go on from.")],
     dial: DialOption = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to write at most.")] = 128,
+    values: ValuesOption = Values.exact,
 ) -> None:
     """Continue a text at one point of the dial, greedily, token by token."""
     folder = model_folder(model)
@@ -80,7 +95,7 @@ def generate(
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        loaded = load(folder)
+        loaded = load(folder, values=values.value)
     except (OSError, ValueError) as error:
         raise CheckpointError("the model cannot be loaded", where=folder, found=error) from error
     inputs = tokenizer(prompt, return_tensors="pt")

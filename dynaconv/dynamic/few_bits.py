@@ -6,7 +6,7 @@ that is fine-tuned. Ships with every exported model. D residual width, F neurons
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from dynaconv.dynamic.cost import FFNShape
 from dynaconv.dynamic.layout import CopyLayout
 from dynaconv.kernels.codes import Codes, bytes_a_row
 from dynaconv.kernels.weights import FFNWeights
+
+_T = TypeVar("_T")
 
 
 class FewBitCopy:
@@ -29,63 +31,108 @@ class FewBitCopy:
         coarse: Planes that its first look reads, of gate alone (of up, where there is no gate); at most ``bits``.
 
     Attributes:
-        first: What the first look reads, (F, D).
-        second: What the second look reads of gate and up, (F, D) each; no gate where the FFN has none.
         norms: Of the columns of down, (F,) float32.
-        low: Low-bit values; ``None`` where tokens do not use them.
     """
 
-    first: Tensor
-    second: tuple[Tensor | None, Tensor]
     norms: Tensor
 
     def __init__(self, layout: CopyLayout, bits: int, coarse: int) -> None:
         self.layout, self.bits, self.coarse = layout, bits, coarse
         self._made_from: tuple[Any, ...] | None = None
-        self.low: FFNWeights | None = None
+        self._codes: tuple[Codes | None, Codes, Codes | None] | None = None
+        self._first: Tensor | None = None
+        self._second: tuple[Tensor | None, Tensor] | None = None
+        self._low: FFNWeights | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # The matrices are made again, from the weights that it will be used with.
-        return {"layout": self.layout, "bits": self.bits, "coarse": self.coarse}
+        # The matrices are made again, from the weights that it will be used with; codes are all there is of them.
+        kept = None if self._codes is None else (self._codes, self.norms)
+        return {"layout": self.layout, "bits": self.bits, "coarse": self.coarse, "kept": kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        kept = state.pop("kept")
         self.__init__(**state)  # type: ignore[misc]
+        if kept is not None:
+            self._codes, self.norms = kept
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is held as codes, and nothing else is left of the weights."""
+        return self._codes is not None
 
     @torch.no_grad()
     def follow(self, weights: FFNWeights) -> None:
         """Makes the copy of ``weights``, where it is not their copy already."""
         identity = tuple(map(_identity, (weights.gate, weights.up, weights.down)))
-        if identity == self._made_from:
+        if self.packed or identity == self._made_from:
             return
-        dtype, bits, group = weights.up.dtype, self.layout.bits, self.layout.group
-        gate, up = (None if one is None else Codes.of(one.detach(), bits, group) for one in (weights.gate, weights.up))
-        assert up is not None
-        self.second = (None if gate is None else gate.values(self.bits, dtype), up.values(self.bits, dtype))
-        self.first = (gate or up).values(self.coarse, dtype)
-        self.norms = torch.linalg.vector_norm(weights.down, dim=0, dtype=torch.float32)
-        if self.layout.values:
-            down = Codes.of(weights.down.detach().t(), bits, group)
-            self.low = weights._replace(
-                gate=None if gate is None else gate.values(dtype=dtype),
-                up=up.values(dtype=dtype),
-                down=down.values(dtype=dtype).t(),
-            )
+        codes, dtype = self._encoded(weights), weights.up.dtype
+        self._first, self._second = self._read_first(codes, dtype), self._read_second(codes, dtype)
+        self._low = self._read_low(codes, weights)
         self._made_from = identity
 
-    def forget(self) -> None:
-        """Makes the copy anew the next time, for weights that change without a trace (DeepSpeed's)."""
-        self._made_from = None
+    @torch.no_grad()
+    def pack(self, weights: FFNWeights) -> None:
+        """Keeps the codes of ``weights`` alone, and decodes them each time they are used: slower, in less memory."""
+        self._codes = self._encoded(weights)
+        self._first = self._second = self._low = None
 
-    def values(self, weights: FFNWeights) -> FFNWeights:
-        """Low-bit values with the gradient of ``weights`` (straight-through estimator)."""
-        low = self.low
-        assert low is not None
+    def move(self, device: torch.device) -> None:
+        """Puts the codes on ``device``, where they are all there is."""
+        if self._codes is not None and self.norms.device != device:
+            gate, up, down = (None if one is None else one.to(device) for one in self._codes)
+            assert up is not None
+            self._codes, self.norms = (gate, up, down), self.norms.to(device)
+
+    def first(self, dtype: torch.dtype) -> Tensor:
+        """What the router's first look reads, (F, D)."""
+        return self._read_first(self._codes, dtype) if self._codes is not None else _made(self._first)
+
+    def second(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+        """What its second look reads of gate and up, (F, D) each; no gate where the FFN has none."""
+        return self._read_second(self._codes, dtype) if self._codes is not None else _made(self._second)
+
+    def low(self, weights: FFNWeights) -> FFNWeights:
+        """Low-bit values, with the gradient of ``weights`` where one is recorded (straight-through estimator)."""
+        if self._codes is not None:
+            return _made(self._read_low(self._codes, weights))
+        low = _made(self._low)
         if not (torch.is_grad_enabled() and weights.requires_grad):
             return low
         gate = None if low.gate is None or weights.gate is None else _straight_through(weights.gate, low.gate)
         return weights._replace(
             gate=gate, up=_straight_through(weights.up, low.up), down=_straight_through(weights.down, low.down)
         )
+
+    def _encoded(self, weights: FFNWeights) -> tuple[Codes | None, Codes, Codes | None]:
+        self.norms = torch.linalg.vector_norm(weights.down, dim=0, dtype=torch.float32).detach()
+        bits, group = self.layout.bits, self.layout.group
+        gate = None if weights.gate is None else Codes.of(weights.gate.detach(), bits, group)
+        down = Codes.of(weights.down.detach().t(), bits, group) if self.layout.values else None
+        return gate, Codes.of(weights.up.detach(), bits, group), down
+
+    def _read_first(self, codes: tuple[Codes | None, Codes, Codes | None], dtype: torch.dtype) -> Tensor:
+        return (codes[0] or codes[1]).values(self.coarse, dtype)
+
+    def _read_second(
+        self, codes: tuple[Codes | None, Codes, Codes | None], dtype: torch.dtype
+    ) -> tuple[Tensor | None, Tensor]:
+        gate, up, _ = codes
+        return None if gate is None else gate.values(self.bits, dtype), up.values(self.bits, dtype)
+
+    def _read_low(self, codes: tuple[Codes | None, Codes, Codes | None], weights: FFNWeights) -> FFNWeights | None:
+        (gate, up, down), dtype = codes, weights.up.dtype
+        if down is None:
+            return None
+        return weights._replace(
+            gate=None if gate is None else gate.values(dtype=dtype),
+            up=up.values(dtype=dtype),
+            down=down.values(dtype=dtype).t(),
+        )
+
+    def forget(self) -> None:
+        """Makes the copy anew the next time, for weights that change without a trace (DeepSpeed's)."""
+        self._made_from = None
 
     def first_cost(self, shape: FFNShape) -> tuple[float, float]:
         """Bytes and FLOPs of the router's first look at all neurons, for one token; 2 bytes for the size of each."""
@@ -106,6 +153,11 @@ class FewBitCopy:
         again = shape.inputs if further else 0  # products with the router's planes serve where there are no more
         down = bytes_a_row(shape.residual, self.layout.bits, self.layout.group)
         return inputs + down, 2.0 * (again + 1) * shape.residual
+
+
+def _made(part: _T | None) -> _T:
+    assert part is not None, "the copy is made before it is read"
+    return part
 
 
 def _identity(weight: Tensor | None) -> tuple[Any, ...] | None:

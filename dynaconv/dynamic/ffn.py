@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -89,6 +90,7 @@ class DynamicFFN(nn.Module):
         super().__init__()
         self.site, self.names, self.call, self.activation = site, names, call, activation
         self.copy, self.itemsize = copy, itemsize
+        self._packed: FFNWeights | None = None
         object.__setattr__(self, "_owner", owner)  # not a submodule: it owns this module
         self.activation_name = activation_name
         register_activation(activation_name, activation)
@@ -147,8 +149,12 @@ class DynamicFFN(nn.Module):
         """
         if scores_only:
             return self._scores(x)
+        if self._packed is not None and self._packed.up.device != x.device:
+            self._move_packed(x.device)
         decision = self._decide(x)
         choice = decision.choice
+        if self._packed is not None:
+            return self._low_bit_only(x, decision)
         if choice is None or not self._reads_weights(choice):
             return self._project(self.names.down, self._used(x, self.hidden(x), decision))
         rows, ffn = x.reshape(-1, x.shape[-1]), self.blocked(decision, x)
@@ -186,11 +192,52 @@ class DynamicFFN(nn.Module):
                 mean = mean.expand(*x.shape[:-1], -1).reshape(-1, mean.shape[-1])
             if isinstance(decision.choice, Subset) and decision.choice.exact is not None and self.copy is not None:
                 self._renew_copy()
-                low = self.copy.values(weights)
+                low = self.copy.low(weights)
         return BlockedFFN(weights, self.site.partition, low, mean)
 
+    def pack(self) -> None:
+        """Keeps the low-bit values alone, and lets go of the weights: from here on they stand for exact ones.
+
+        Raises:
+            ValueError: The model has no low-bit values.
+        """
+        if self.copy is None or not self.copy.layout.values:
+            raise ValueError("this model has no low-bit values: convert it with experts=neurons sketch.values=mixed")
+        weights = self.weights()
+        self.copy.pack(weights)
+        names = {"gate", "up", "down"}
+        nothing = {
+            name: one.new_empty(0) for name, one in weights._asdict().items() if name in names and one is not None
+        }
+        biases = {name: one for name, one in weights._asdict().items() if name.endswith("bias") and one is not None}
+        self._packed = weights._replace(**nothing, **{name: one.detach().clone() for name, one in biases.items()})
+        for module in map(innermost, self.projections()):
+            module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
+
+    def _move_packed(self, device: torch.device) -> None:
+        assert self.copy is not None and self._packed is not None
+        self.copy.move(device)
+        parts = (one.to(device) if isinstance(one, Tensor) else one for one in self._packed)
+        self._packed = FFNWeights(*parts)  # type: ignore[arg-type]
+
+    def _low_bit_only(self, x: Tensor, decision: Decision) -> Tensor:
+        assert self.copy is not None
+        partition, choice, rows = self.site.partition, decision.choice, x.reshape(-1, x.shape[-1])
+        if choice is None:
+            choice = Subset(torch.ones(*x.shape[:-1], partition.blocks, dtype=torch.bool, device=x.device))
+        mean = self._mean(decision, x)
+        if isinstance(choice, Subset):
+            self._record(x, decision._replace(choice=replace(choice, exact=torch.zeros_like(choice.on))))
+            choice = replace(choice, exact=None)
+        if mean is not None and mean.dim() > 1:
+            mean = mean.expand(*x.shape[:-1], -1).reshape(-1, mean.shape[-1])
+        ffn = BlockedFFN(self.copy.low(self.weights()), partition, None, mean)
+        return reference_ffn(ffn, rows, choice.rows()).view_as(x)
+
     def weights(self) -> FFNWeights:
-        """The weights of its projections, without what adapters add."""
+        """The weights of its projections, without what adapters add; of a packed FFN, biases alone."""
+        if self._packed is not None:
+            return self._packed
         names = self.names
         return ffn_weights(self._owner, names.gate, names.up, names.down, self.activation)
 
@@ -293,6 +340,10 @@ class DynamicFFN(nn.Module):
     def _project(self, name: str, x: Tensor) -> Tensor:
         module = projection(self._owner, name)
         return module.project(x) if isinstance(module, Inline) else module(x)
+
+
+def _own(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach().clone()
 
 
 def _overheard(module: nn.Module) -> bool:

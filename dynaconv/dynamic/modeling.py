@@ -201,6 +201,10 @@ class DynamicMixin(DialedGeneration):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Stock ``save_pretrained`` of the plain checkpoint, with routers and layout beside it."""
+        if any(ffn.copy is not None and ffn.copy.packed for ffn in self.ffns()):
+            raise ValueError(
+                "this model holds low-bit values only, and cannot be saved: load it without values='low-bit'"
+            )
         super().save_pretrained(save_directory, state_dict=self.dense_state(), **kwargs)  # type: ignore[misc]
         folder = Path(save_directory)
         self.layout.save(folder)
@@ -311,10 +315,13 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     Args:
         path: The folder.
         **kwargs: Passed to the stock class's ``from_pretrained`` (``dtype``, ``device_map``, ...). The dtype of the
-            checkpoint is kept unless given.
+            checkpoint is kept unless given. With ``values="low-bit"`` memory holds the low-bit values of the FFNs only,
+            also at the full dial, for machines where the parent does not fit once it is loaded; they are decoded each
+            time they are used, which is slow, and such a model cannot be saved. ``dynaconv eval MODEL --values low-bit
+            --dial full`` says what that costs.
 
     Raises:
-        ValueError: The folder holds no dynaconv layout, or its routers do not fit it.
+        ValueError: The folder holds no dynaconv layout, its routers do not fit it, or there are no low-bit values.
     """
     return DynaconvForCausalLM.from_pretrained(path, **kwargs)
 
@@ -333,6 +340,9 @@ class DynaconvForCausalLM(PreTrainedModel):
         layout = Layout.load(folder)
         if config is None:
             config = transformers.AutoConfig.from_pretrained(source, **hub)
+        values = kwargs.pop("values", "exact")
+        if values not in ("exact", "low-bit"):
+            raise ValueError(f"values is {values!r}; it must be exact or low-bit")
         kwargs.setdefault("dtype", "auto")
         kwargs.pop("trust_remote_code", None)
         stock = getattr(transformers, config.architectures[0])
@@ -341,6 +351,9 @@ class DynaconvForCausalLM(PreTrainedModel):
         stored = layout.router.kind != "none" or layout.means
         routers = load_file(_file(source, ROUTER_FILE, hub)) if stored else None
         attach(model, layout, routers, stored_dial(folder))
+        if values == "low-bit":
+            for ffn in model.ffns():
+                ffn.pack()
         return model if info is None else (model, info)
 
 

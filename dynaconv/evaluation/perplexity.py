@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from dynaconv.config import DataConfig
+from dynaconv.errors import CheckpointError
 
 TOKENS = 65536
 BATCH = 16
 
 
 def evaluate_folder(
-    folder: Path, dial: Any, data: DataConfig, *, tokens: int = TOKENS, seed: int = 0
+    folder: Path, dial: Any, data: DataConfig, *, tokens: int = TOKENS, seed: int = 0, values: str = "exact"
 ) -> dict[str, Any]:
     """Scores a converted or a dense model on ``data.train``, all of which counts as held out.
 
@@ -25,14 +26,16 @@ def evaluate_folder(
         data: What to score on.
         tokens: Tokens scored at most; a fixed random choice of windows where there are more.
         seed: Draws that choice.
+        values: ``low-bit`` holds the FFNs' low-bit values alone (see :func:`~dynaconv.dynamic.modeling.load`). Dense
+            models ignore it.
 
     Returns:
-        ``loss`` (nats a token), ``perplexity``, ``active_share``, ``dial``, ``tokens``, ``sequence_length``, ``data``,
-        ``data_digest``.
+        ``loss`` (nats a token), ``perplexity``, ``bytes_share`` and ``flops_share`` (of the FFNs, routers counted),
+        ``active_share`` (of neurons), ``dial``, ``tokens``, ``sequence_length``, ``data``, ``data_digest``.
 
     Raises:
         DataError: There is no text, or less than one window.
-        CheckpointError: The tokenizer is missing or is not the model's.
+        CheckpointError: The tokenizer is missing or is not the model's, or the model has no low-bit values.
     """
     import torch
 
@@ -46,7 +49,10 @@ def evaluate_folder(
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dynamic = (folder / LAYOUT_FILE).is_file()
-    model = load(folder).to(device) if dynamic else load_dense(folder, device)
+    try:
+        model = load(folder, values=values).to(device) if dynamic else load_dense(folder, device)
+    except ValueError as error:
+        raise CheckpointError("the model cannot be loaded so", where=folder, found=error) from error
     windows = load_corpus(
         replace(data, validation=None, validation_share=0.0),
         load_tokenizer(folder),
@@ -62,6 +68,8 @@ def evaluate_folder(
     return {
         "loss": got.loss,
         "perplexity": got.perplexity,
+        "bytes_share": got.bytes_share,
+        "flops_share": got.flops_share,
         "active_share": got.active_share,
         "dial": shown,
         "tokens": got.tokens,

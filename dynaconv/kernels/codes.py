@@ -67,6 +67,11 @@ class Codes:
         planes, *others = (torch.cat(part, dim=int(i == 0)) for i, part in enumerate(zip(*parts, strict=True)))
         return cls(weight.shape[1], group, planes, *others)
 
+    def to(self, device: torch.device) -> Codes:
+        """The same on ``device``."""
+        parts = (self.planes, self.scales, self.minimums, self.units)
+        return Codes(self.columns, self.group, *(part.to(device) for part in parts))
+
     def values(self, bits: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix (R, C) as its first ``bits`` planes (from 1) say it: weights lie in the middle of what is open."""
         read = self.bits if bits is None else bits

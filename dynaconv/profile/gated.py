@@ -181,8 +181,9 @@ def exact_margin(model: Any) -> float:
 def _relative_error(copy: FewBitCopy, weights: Any) -> float:
     """Mean square of what low-bit values add to or take from a neuron, over its own: of each matrix, added up."""
     copy.follow(weights)
-    assert copy.low is not None
-    pairs = [(weights.gate, copy.low.gate), (weights.up, copy.low.up), (weights.down, copy.low.down)]
+    with torch.no_grad():
+        low = copy.low(weights)
+    pairs = [(weights.gate, low.gate), (weights.up, low.up), (weights.down, low.down)]
     with torch.no_grad():
         return sum(
             float((low - exact).float().square().sum() / exact.float().square().sum().clamp_min(1e-30))

@@ -61,9 +61,10 @@ class SketchRouter(Router):
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             weights, copy = self._weights, self.copy
             assert weights is not None, "the FFN hands over its weights before it asks for scores"
-            x, (gate, up) = x.to(copy.first.dtype), copy.second
+            dtype = weights.up.dtype
+            x, (gate, up) = x.to(dtype), copy.second(dtype)
             gated, act = gate is not None, weights.activation
-            first = act(linear(x, copy.first, weights.gate_bias if gated else weights.up_bias))
+            first = act(linear(x, copy.first(dtype), weights.gate_bias if gated else weights.up_bias))
             second = linear(x, up, weights.up_bias)
             second = act(second) if gate is None else act(linear(x, gate, weights.gate_bias)) * second
             sizes = copy.norms
