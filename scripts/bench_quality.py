@@ -51,6 +51,7 @@ from dynaconv.recipes import compose
 RECIPES = ("default", "routed")  # our own, without fine-tuning
 STAGES = ["profile", "carve", "calibrate", "export"]
 HELD_OUT = 0.3  # of the calibration text, for calibrate: the rest is profiled, and nothing is trained
+CALIBRATION = ["calibrate.tokens=8192", "calibrate.score_tokens=2048", "calibrate.speed_tokens=0"]  # scored here anyway
 CALIBRATION_WINDOWS = 32  # that baselines take their thresholds and experts from
 
 
@@ -166,7 +167,7 @@ def measure_training_free(judge: Judge, rows: Rows, text: Path, runs: Path, chos
             rows.row(method.name, method.setting, method.share, scored)
     for recipe in RECIPES:
         if recipe in chosen:
-            config = compose(recipe, ["export.check=false", f"data.validation_share={HELD_OUT}"])
+            config = compose(recipe, ["export.check=false", f"data.validation_share={HELD_OUT}", *CALIBRATION])
             config.source, config.data.train, config.stages = str(judge.model), [str(text)], STAGES
             config.data.sequence_length = judge.length
             own = load_float(run(config, runs / f"{recipe}-training-free", "export")["export"])

@@ -36,8 +36,10 @@ class CalibrateStage(Stage):
         scores = 2 * 4 * min(KEPT_SCORES, settings.tokens * checkpoint.layers * features)  # by batch, and put together
         budgets = len(NEURONS + HIGH if settings.budgets is None else settings.budgets)
         passes = 4 * budgets * settings.tokens + 2 * (budgets + 2) * settings.score_tokens
+        ffns = checkpoint.dtype.itemsize * checkpoint.layers * checkpoint.ffn_parameters
+        copies = ffns * (1 + (config.sketch.values == "mixed")) if config.experts == "neurons" else 0
         return Estimate(
-            peak_bytes=checkpoint.reader.total_bytes + dense.reader.total_bytes + logits + scores,
+            peak_bytes=checkpoint.reader.total_bytes + dense.reader.total_bytes + copies + logits + scores,
             disk_bytes=200_000,
             flops=2.0 * checkpoint.parameters * passes,
             notes=(f"up to {budgets + 1} budgets",),

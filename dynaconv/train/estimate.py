@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.config import EngineConfig, FinetuneConfig, RunConfig
 from dynaconv.pipeline.stage import Estimate
-from dynaconv.train.memory_cost import DEEPSPEED_BYTES, PEFT_BYTES, Graph, Weights, peak_bytes
+from dynaconv.train.memory_cost import DEEPSPEED_BYTES, PEFT_BYTES, WORD, Graph, Weights, peak_bytes
 from dynaconv.train.objectives.base import Objective
 from dynaconv.train.objectives.registry import needs_parent, passes_of, trains, weighted
 from dynaconv.train.router_kinds import router_objective
@@ -91,7 +91,10 @@ def finetune_estimate(config: RunConfig, checkpoint: Checkpoint, parent: Checkpo
     batch = f"{tuning.batch_size} x {config.data.sequence_length} tokens"
     memory = peak_bytes(config.engine, weights_of(tuning, checkpoint), graph_of(config, checkpoint))
     return Estimate(
-        peak_bytes=memory + needs_parent(tuning) * parent.reader.total_bytes + _imported(config),
+        peak_bytes=memory
+        + copies_bytes(config, checkpoint)
+        + needs_parent(tuning) * parent.reader.total_bytes
+        + _imported(config),
         disk_bytes=checkpoint.reader.total_bytes,
         flops=flops,
         notes=(f"{steps_of(config)} steps of {batch}", f"{counted} a step", *_shared(config.engine)),
@@ -107,6 +110,14 @@ def weights_of(tuning: FinetuneConfig, checkpoint: Checkpoint) -> Weights:
     return Weights(checkpoint.parameters, trained(tuning, checkpoint), largest, head, checkpoint.tied)
 
 
+def copies_bytes(config: RunConfig, checkpoint: Checkpoint) -> int:
+    """The few-bit copies of single neurons' weights, in fp32: the two sketches, low-bit values, and these in a graph."""
+    if config.experts != "neurons":
+        return 0
+    copies = 1 + 2 * (config.sketch.values == "mixed")
+    return WORD * copies * checkpoint.layers * checkpoint.ffn_parameters
+
+
 def graph_of(config: RunConfig, checkpoint: Checkpoint) -> Graph:
     """What the largest backward pass of a step keeps: the one at the sampled dial, where there is one."""
     tuning, sizes = config.finetune, checkpoint.sizes
@@ -114,6 +125,8 @@ def graph_of(config: RunConfig, checkpoint: Checkpoint) -> Graph:
     dial, teachers = "dial" in passes and tuning.full_share < 1, needs_parent(tuning)
     by_width, by_neurons = KEPT[tuning.trainable]
     by_neurons += dial  # activations before and after they are masked
+    if dial and config.experts == "neurons" and config.sketch.values == "mixed":
+        by_width, by_neurons = by_width + 1, by_neurons + by_neurons  # the network once more, with low-bit values
     # Log-probabilities, and what the loss makes of them; of a divergence, its teacher's and exp of these.
     by_vocabulary = 5 + teachers + 2 * ("second" in passes) if dial else 3 + 2 * teachers
     layers = checkpoint.layers
