@@ -111,7 +111,7 @@ def weights_of(tuning: FinetuneConfig, checkpoint: Checkpoint) -> Weights:
 
 
 def copies_bytes(config: RunConfig, checkpoint: Checkpoint) -> int:
-    """The few-bit copies of single neurons' weights, in fp32: the two sketches, low-bit values, and these in a graph."""
+    """Few-bit copies of the FFNs in fp32: both sketches, low-bit values, and these once more in a graph."""
     if config.experts != "neurons":
         return 0
     copies = 1 + 2 * (config.sketch.values == "mixed")
