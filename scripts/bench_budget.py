@@ -79,9 +79,8 @@ def generated(network: Any, prompt: Tensor, dial: Dial, tokens: int) -> float:
     """Mean cost of ``tokens`` tokens generated behind ``prompt``."""
     recorder = Recorder()
     with network.call.using(recorder=recorder):
-        network.generate(
-            prompt, attention_mask=torch.ones_like(prompt), dial=dial, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens
-        )  # fmt: skip
+        length = {"min_new_tokens": tokens, "max_new_tokens": tokens}
+        network.generate(prompt, attention_mask=torch.ones_like(prompt), dial=dial, do_sample=False, **length)
     steps = [torch.stack([one[2].mean() for one in recorder.shares[index][1:]]) for index in sorted(recorder.shares)]
     return float(torch.stack(steps).mean())
 
