@@ -50,7 +50,7 @@ def test_every_recipe_says_what_it_is_needs_and_how_to_run_it(path: Path) -> Non
     assert 20 < len(recipe.summary) <= 120
     assert "\nNeeds: " in recipe.header
     (command,) = re.findall(r"^Run:\s+(dynaconv convert .*)$", recipe.header, re.MULTILINE)
-    assert f"--recipe {path.stem}" in command or path.stem == DEFAULT and "--recipe" not in command
+    assert f"--recipe {path.stem}" in command or (path.stem == DEFAULT and "--recipe" not in command)
     overrides = [word for word in command.split() if "=" in word]
     assert compose(str(path), overrides)
 

@@ -62,7 +62,7 @@ class FewBitCopy:
         assert up is not None
         self.second = (None if gate is None else gate.values(self.bits, dtype), up.values(self.bits, dtype))
         self.first = (gate or up).values(self.coarse, dtype)
-        self.norms = torch.linalg.vector_norm(weights.down, dim=0, dtype=torch.float32)
+        self.norms = norms(weights.down, dim=0)
         if self.layout.values:
             down = Codes.of(weights.down.detach().t(), bits, group)
             self.low = weights._replace(
@@ -106,6 +106,12 @@ class FewBitCopy:
         again = shape.inputs if further else 0  # products with the router's planes serve where there are no more
         down = bytes_a_row(shape.residual, self.layout.bits, self.layout.group)
         return inputs + down, 2.0 * (again + 1) * shape.residual
+
+
+def norms(vectors: Tensor, dim: int, *, keepdim: bool = False) -> Tensor:
+    """Euclidean norms along ``dim``, float32, of vectors of any floating dtype."""
+    dtype = torch.promote_types(vectors.dtype, torch.float32)
+    return torch.linalg.vector_norm(vectors, dim=dim, keepdim=keepdim, dtype=dtype).float()
 
 
 def _identity(weight: Tensor | None) -> tuple[Any, ...] | None:

@@ -87,6 +87,17 @@ def test_scores_are_what_neurons_would_give(coarse: int, gated: bool, bias: bool
     assert torch.equal(torch.cat(router.parts(scores), dim=-1), scores)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_any_precision(tiny_checkpoint: Maker, dtype: torch.dtype) -> None:
+    model, ids = neurons_model(tiny_checkpoint()), token_ids()
+    with torch.no_grad():
+        expected, full = (model(ids, dial=dial).logits for dial in (0.25, 1.0))
+        found = model.to(dtype)(ids, dial=0.25).logits
+    assert found.dtype == dtype
+    difference = float((found.float() - expected).norm() / expected.norm())
+    assert difference < (1e-5 if dtype == torch.float64 else 0.1) < float((full - expected).norm() / expected.norm())
+
+
 @settings(max_examples=30)
 @given(
     threshold=st.floats(-8, 2),
@@ -238,6 +249,7 @@ def test_compiled_models_say_the_same(
 def test_generation_at_a_low_dial(tiny_checkpoint: Maker) -> None:
     model, ids = neurons_model(tiny_checkpoint()), token_ids(2, 6)
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    found = model.generate(ids, dial=Dial(0.25, prompt=Dial(0.25)), **settings)
-    again = model.generate(ids, dial=Dial(0.25, prompt=Dial(0.25)), use_cache=False, **settings)
-    assert found.shape == (2, 12) and torch.equal(found, again)
+    dial = Dial(0.25, prompt=Dial(0.25), controlled=False)
+    found = model.generate(ids, dial=dial, **settings)
+    assert torch.equal(found, model.generate(ids, dial=dial, use_cache=False, **settings))
+    assert model.generate(ids, dial=0.25, **settings).shape == found.shape == (2, 12)
