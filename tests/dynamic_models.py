@@ -135,6 +135,8 @@ def neurons_model(
     model = attach(stock, layout)
     state = model.router_state()
     load_routers(model, {name: 0.1 * torch.randn(value.shape, generator=generator) for name, value in state.items()})
+    for ffn in model.ffns():
+        ffn.router.up_mean.abs_()
     return model.eval()
 
 

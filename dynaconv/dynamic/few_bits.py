@@ -105,7 +105,7 @@ class FewBitCopy:
         )
 
     def _encoded(self, weights: FFNWeights) -> tuple[Codes | None, Codes, Codes | None]:
-        self.norms = torch.linalg.vector_norm(weights.down, dim=0, dtype=torch.float32).detach()
+        self.norms = norms(weights.down.detach(), dim=0)
         bits, group = self.layout.bits, self.layout.group
         gate = None if weights.gate is None else Codes.of(weights.gate.detach(), bits, group)
         down = Codes.of(weights.down.detach().t(), bits, group) if self.layout.values else None
@@ -158,6 +158,12 @@ class FewBitCopy:
 def _made(part: _T | None) -> _T:
     assert part is not None, "the copy is made before it is read"
     return part
+
+
+def norms(vectors: Tensor, dim: int, *, keepdim: bool = False) -> Tensor:
+    """Euclidean norms along ``dim``, float32, of vectors of any floating dtype."""
+    dtype = torch.promote_types(vectors.dtype, torch.float32)
+    return torch.linalg.vector_norm(vectors, dim=dim, keepdim=keepdim, dtype=dtype).float()
 
 
 def _identity(weight: Tensor | None) -> tuple[Any, ...] | None:

@@ -302,8 +302,9 @@ class DynamicFFN(nn.Module):
         else:
             self.copy.follow(self.weights())
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # runs while code is compiled
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _copy_for_compiled_code(self) -> bool:
+        """Runs while code is compiled, and not in compiled code."""
         assert self.copy is not None
         self.copy.follow(self.weights())
         return True

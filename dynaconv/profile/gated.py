@@ -196,7 +196,7 @@ def prepare_means(model: Any, budgets: Sequence[float]) -> None:
     """Gives ``model`` a set of means for each of ``budgets``: those it has, interpolated, else zeros."""
     for ffn in model.ffns():
         neurons = ffn.site.partition.neurons
-        sets = torch.zeros(len(budgets), neurons, device=next(ffn.parameters()).device)
+        sets = torch.zeros(len(budgets), neurons, device=ffn.router.offset.device)
         if ffn.means is not None:
             for place, budget in enumerate(budgets):
                 weights = torch.tensor(Dial(budget=budget).means(model.layout)).to(ffn.means)

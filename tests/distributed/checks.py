@@ -68,7 +68,15 @@ class Bench:
         router: str = "width",
         **more: Any,
     ) -> Trainer:
-        settings = {"warmup_steps": 2, "uniform_share": 0.3, "clip": 0.3, "weight_decay": 0.1, "router": router, **more}
+        settings = {
+            "budgets": [0.2, 0.75],
+            "warmup_steps": 2,
+            "uniform_share": 0.3,
+            "clip": 0.3,
+            "weight_decay": 0.1,
+            "router": router,
+            **more,
+        }
         tuning = FinetuneConfig(batch_size=8, accumulation=2, **settings)
         torch.manual_seed(ranks.rank)
         network = dynamic_model(folder, router)

@@ -74,7 +74,8 @@ def test_generation_compiles_its_steps(tiny_checkpoint: Maker) -> None:
     model, ids = dynamic_model(tiny_checkpoint(), "linear"), token_ids()
     settings: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     compiled = model.get_compiled_call(CompileConfig(backend="aot_eager", mode=None, fullgraph=True))
-    expected = {dial: model.generate(ids, dial=dial, **settings) for dial in (0.25, 0.5)}
+    dials = [Dial(budget, prompt=budget, controlled=False) for budget in (0.25, 0.5)]
+    expected = {dial: model.generate(ids, dial=dial, **settings) for dial in dials}
     assert model.at(0.25).get_compiled_call(CompileConfig(backend="aot_eager", mode=None)) is not compiled
     for dial, tokens in expected.items():
         with torch.no_grad(), model.dialed(dial):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from dynamic_models import dynamic_model, token_ids
+from dynamic_models import dynamic_model, neurons_model, token_ids
 from tiny_families import FAMILIES
 
 from dynaconv import Dial
@@ -36,13 +36,19 @@ def torch_saved(model: Any) -> Any:
     return torch.load(buffer, weights_only=False)
 
 
+def made(folder: Path, family: str) -> Any:
+    """Of single neurons in some families, of blocks in others."""
+    if family in ("gemma2", "gpt2", "phi3", "qwen3"):
+        return neurons_model(folder)
+    return dynamic_model(folder, "linear" if family in ("llama", "opt") else "width")
+
+
 @pytest.mark.parametrize("how", [pickled, torch_saved, copy.deepcopy])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_copy_is_the_same_model_and_stands_alone(
     tiny_checkpoint: Maker, family: str, how: Callable[[Any], Any]
 ) -> None:
-    kind = "linear" if family in ("llama", "opt") else "width"
-    model, ids = dynamic_model(tiny_checkpoint(family, tied=True), kind), token_ids()
+    model, ids = made(tiny_checkpoint(family, tied=True), family), token_ids()
     model.dial = 0.5
     with torch.no_grad():
         expected, low = model(ids).logits, model(ids, dial=0.25).logits
@@ -81,7 +87,7 @@ def answer(model: Any, ids: torch.Tensor, pipe: Any) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_another_process_gives_the_same_answer_compiled_or_not(tiny_checkpoint: Maker, family: str) -> None:
-    model, ids = dynamic_model(tiny_checkpoint(family)), token_ids()
+    model, ids = made(tiny_checkpoint(family), family), token_ids()
     model.dial = 0.5
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import dynaconv
 from dynaconv import Dial
+from dynaconv.dynamic.policy import AfterPrompt
 from dynaconv.dynamic.recorder import Recorder
 from dynaconv.kernels.choice import Prefix, Subset
 from dynaconv.kernels.reference import blocked_ffn
@@ -130,12 +131,18 @@ def test_what_stands_around_an_ungated_ffn_stays(tiny_checkpoint: Maker, family:
 def test_generation_with_cache_equals_generation_without(tiny_checkpoint: Maker, family: str, kind: str) -> None:
     model, ids = dynamic_model(tiny_checkpoint(family), kind), token_ids(2, 7)
     settings: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    cached = model.generate(ids, dial=0.5, **settings)
-    plain = model.generate(ids, dial=0.5, use_cache=False, **settings)
+    dial = Dial(0.5, prompt=0.5, controlled=False)
+    cached = model.generate(ids, dial=dial, **settings)
+    plain = model.generate(ids, dial=dial, use_cache=False, **settings)
     assert torch.equal(cached, plain)
     with torch.no_grad():  # and its tokens are those that the dial's own forward pass prefers
         logits = model(cached, dial=0.5).logits
     logits[..., 0] = -torch.inf  # min_new_tokens keeps the end of text away
+    assert torch.equal(logits[:, 6:-1].argmax(-1), cached[:, 7:])
+    cached = model.generate(ids, dial=Dial(0.5, controlled=False), **settings)  # the prompt at the full dial
+    with torch.no_grad(), model.call.using(AfterPrompt(model.policy(0.5), 7, 15)):
+        logits = model(cached).logits
+    logits[..., 0] = -torch.inf
     assert torch.equal(logits[:, 6:-1].argmax(-1), cached[:, 7:])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,6 +101,44 @@ def test_routed_experts_are_the_parent_and_have_a_dial(
     assert spent == sorted(spent) and spent[0] < 0.45 and spent[-1] == 1.0
     points = read_json(folder / "frontier.json")["frontier"]
     assert [point["bytes_share"] for point in points] == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=0.06)
+
+
+@pytest.mark.parametrize(("family", "stages"), [("llama", "tune"), ("gpt2", "tune"), ("opt", "default")])
+def test_single_neurons_have_a_dial_tuned_or_not(
+    tiny_checkpoint: Maker, tmp_path: Path, text_file: Path, family: str, stages: str
+) -> None:
+    source = tiny_checkpoint(family, ffn=67)
+    config = tiny_config(source, documents_file(tmp_path, text_file), check=True)
+    config.experts, config.blocks, config.finetune.budgets, config.calibrate.budgets = "neurons", None, None, None
+    config.finetune.losses.distill.weight = config.finetune.losses.distill_full.weight = 1.0
+    if stages == "default":
+        config.stages.remove("finetune")
+    folder = convert(config, tmp_path / "run")[-1].folder  # export.check reloads it without dynaconv and compares
+    model, ids = (
+        dynaconv.load(folder).eval(),
+        torch.randint(1, 257, (3, 30), generator=torch.Generator().manual_seed(0)),
+    )
+    assert model.layout.router.kind == "sketch" and model.layout.means and model.layout.dial.exact
+    points = read_json(folder / "frontier.json")["frontier"]
+    budgets = [point["budget"] for point in points]
+    assert len(budgets) > 2 and budgets == sorted(budgets) and budgets[-1] == 1.0
+    for name in ("bytes_share", "flops_share", "active_share", "exact_share"):
+        shares = [point[name] for point in points]
+        assert all(a <= b + 0.02 for a, b in itertools.pairwise(shares[:-1])) and shares[-1] == 1.0, name
+    met = [point["bytes_share"] == pytest.approx(point["budget"], abs=0.06) for point in points]
+    assert all(met) if family != "opt" else met[0]  # ReLU leaves nothing to spend more on
+    assert points[-1]["exact_share"] == 1.0 and points[0]["exact_share"] < points[0]["active_share"]
+    assert all(point["exact_share"] <= point["active_share"] for point in points)
+    with torch.no_grad():
+        full, low = model(ids).logits, model(ids, dial=budgets[0]).logits
+        stock = AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
+    assert torch.equal(full, stock) and low.isfinite().all() and not torch.equal(low, full)
+    out = model.generate(ids[:2], dial=[budgets[0], 1.0], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert out.shape[1] > 30
+    if stages == "tune":
+        lines = (tmp_path / "run" / "03-finetune" / "metrics.jsonl").read_text().splitlines()
+        spent = [json.loads(line)["share_spent"] for line in lines]
+        assert len(spent) == 12 and all(0 < share < 1 for share in spent)
 
 
 def test_the_check_notices_a_wrong_folder(tiny_checkpoint: Maker, tmp_path: Path, text_file: Path) -> None:

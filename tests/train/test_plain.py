@@ -69,6 +69,10 @@ class Plain:
         self.optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0)
         self.edge = torch.zeros(1) if routers[0].kind == "linear" else torch.arange(BLOCKS) + 0.5
         self.neurons = self.model.config.intermediate_size // BLOCKS
+        ffn = sum(p.numel() for p in self.model.model.layers[0].mlp.parameters())
+        self.routing = (
+            sum(p.numel() for p in routers[0].parameters()) / ffn
+        )  # what the router reads, of the FFN's bytes
 
     def score(self, layer: int, x: Tensor) -> Tensor:
         """(B, T, 1) or, of routed experts, (B, T, N)."""
@@ -89,7 +93,7 @@ class Plain:
         found, scores = {"loss_full": loss.item(), "kl_full": held.item()}, []
         width, edge = max(1, round(chosen.budget * BLOCKS)), self.edge
         known = [self.score(i, x).detach() for i, x in enumerate(inputs)]
-        threshold = self.threshold(known, chosen.budget - self.error)
+        threshold = self.threshold(known, chosen.budget - self.error - self.routing)
         spent: list[float] = []
 
         def factors(layer: int, x: Tensor) -> Tensor:
@@ -110,7 +114,7 @@ class Plain:
             low = self.model(ids).logits[:, :-1].flatten(0, 1).log_softmax(-1)
         divergence = (taught.exp() * (taught - low)).sum(-1).mean()
         (0.8 * divergence).backward()
-        found |= {"kl_dial": divergence.item(), "share_spent": sum(spent) / len(spent)}
+        found |= {"kl_dial": divergence.item(), "share_spent": self.routing + sum(spent) / len(spent)}
         if chosen.by_router:
             self.error += GAIN * (found["share_spent"] - chosen.budget)
             mean = sum(score.grad.mean() for _, _, score in scores) / len(scores)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from dynaconv.dynamic.few_bits import FewBitCopy
+from dynaconv.dynamic.few_bits import FewBitCopy, norms
 from dynaconv.dynamic.layout import RouterLayout
 from dynaconv.dynamic.routers.base import Router, as_threshold, top_mask
 from dynaconv.kernels.choice import Choice, Subset
@@ -69,7 +69,7 @@ class SketchRouter(Router):
             second = act(second) if gate is None else act(linear(x, gate, weights.gate_bias)) * second
             sizes = copy.norms
             if gated:
-                sizes = sizes * self.up_mean * torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+                sizes = sizes * self.up_mean * norms(x, dim=-1, keepdim=True)
             looked = self._score(first, sizes) + self.reach
             return torch.cat([torch.minimum(self._score(second, copy.norms), looked), looked], dim=-1)
 
