@@ -77,6 +77,8 @@ def build_engine(network: Any, config: RunConfig, ranks: Ranks) -> Engine:
     if config.engine.kind == "deepspeed":
         from dynaconv.train.deepspeed import DeepSpeedEngine
 
+        for ffn in network.ffns():
+            _ = ffn.cost  # kept from here on: ZeRO 3 takes away the shapes that it follows from
         return DeepSpeedEngine(network, config, ranks)
     return TorchEngine(network, config.finetune, ranks)
 
