@@ -110,7 +110,7 @@ def test_low_bit_values_are_those_of_a_checkpoint_in_low_bits(tiny_checkpoint: M
             for name in ("gate", "up", "down"):
                 value = getattr(other.weights(), name)
                 if value is not None:
-                    value.copy_(getattr(ffn.copy.low, name))
+                    value.copy_(getattr(ffn.copy.low(ffn.weights()), name))
         torch.testing.assert_close(found, twin(ids).logits, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(found, model(ids).logits, atol=1e-3)
 
@@ -124,3 +124,28 @@ def test_each_dial_of_a_batch_and_the_full_one_among_them(tiny_checkpoint: Maker
         parent = AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
     torch.testing.assert_close(found[::2], parent[::2], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(found[1], parent[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt"])
+def test_a_model_that_holds_low_bit_values_alone_uses_them_for_exact_ones(tiny_checkpoint: Maker, family: str) -> None:
+    """At a dial at which no value is exact both compute the same; at the full one all values are low-bit."""
+    model = neurons_model(tiny_checkpoint(family))
+    packed, ids = neurons_model(tiny_checkpoint(family)), token_ids()
+    before = sum(p.numel() for p in packed.parameters())
+    for ffn in packed.ffns():
+        ffn.pack()
+    held = sum(module.weight.numel() for ffn in packed.ffns() for module in ffn.projections())
+    assert held == 0 and sum(p.numel() for p in packed.parameters()) < before
+    some = torch.full((2,), -1.0)
+    with torch.no_grad():
+        with model.call.using(ByThreshold(some, exact=torch.full((2,), torch.inf))):
+            expected = model(ids).logits
+        for exact in (torch.inf, 0.0):
+            with packed.call.using(ByThreshold(some, exact=torch.full((2,), exact))):
+                torch.testing.assert_close(packed(ids).logits, expected, rtol=1e-5, atol=1e-5)
+        everything = torch.full((2,), -torch.inf)
+        with model.call.using(ByThreshold(everything, exact=-everything)):
+            expected = model(ids).logits
+        torch.testing.assert_close(packed(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="cannot be saved"):
+        packed.save_pretrained("nowhere")
