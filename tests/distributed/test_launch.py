@@ -28,7 +28,8 @@ for n in 0 1; do sh -c "$(echo "$*" | sed s/%n/$n/)" || exit 1; done
 """
 HERE = Path(__file__).resolve().parent
 TINY = (  # noqa: SIM905
-    "block_size=24 data.sequence_length=32 data.validation_share=0.5 profile.tokens=1024 profile.batch_size=8 "
+    "--recipe routed block_size=24 finetune.router_rank=8 data.sequence_length=32 data.validation_share=0.5 "
+    "profile.tokens=1024 profile.batch_size=8 "
     "finetune.tokens=1024 finetune.batch_size=4 finetune.warmup_steps=2 finetune.save_every=2 finetune.wandb=off "
     "calibrate.budgets=[0.5] calibrate.tokens=512 calibrate.score_tokens=512 calibrate.batch_size=8 "
     "calibrate.speed_tokens=0"
