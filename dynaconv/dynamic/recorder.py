@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dynaconv.dynamic.cost import FFNCost
 from dynaconv.dynamic.site import Site
-from dynaconv.kernels.choice import Choice, Subset
+from dynaconv.kernels.choice import Choice, Prefix, Subset
 from dynaconv.kernels.partition import Partition
 
 
@@ -60,7 +60,9 @@ class Record:
         if self.choice is None:
             return torch.ones(4, *self.x.shape[:-1], dtype=torch.float64, device=self.x.device)
         active, exact, closer = shares_of(self.choice, self.site.partition)
-        return torch.stack([active, exact, *(unit.of(active, exact, closer) for unit in self.cost)])
+        idle = self.scores is None and isinstance(self.choice, Prefix)  # the first blocks for all: no router ran
+        costs = (unit.of(active, exact, closer) - idle * unit.fixed for unit in self.cost)
+        return torch.stack([active, exact, *costs])
 
 
 def shares_of(choice: Choice, partition: Partition) -> tuple[Tensor, Tensor, Tensor]:

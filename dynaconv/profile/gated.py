@@ -57,6 +57,7 @@ class NeuronRecorder(Recorder):
     ) -> None:
         super().__init__()
         self.router, self.attention_mask, self.wants_hidden = router, attention_mask, wants_hidden
+        self._gathered = False
         self.scores_of_all, self.spent, self.count = NeuronScores(), 0.0, 0
         self.sums: dict[int, Tensor] = {}
         self.off: dict[int, Tensor] = {}
@@ -87,9 +88,10 @@ class NeuronRecorder(Recorder):
             kept[index] = kept[index] + new if index in kept else new
 
     def gather(self, ranks: Ranks | None) -> None:
-        """Adds up what all ranks recorded."""
-        if ranks is None:
+        """Adds up what all ranks recorded, once."""
+        if ranks is None or self._gathered:
             return
+        self._gathered = True
         for scores in (self.scores_of_all.compared, self.scores_of_all.closer):
             scores.counts = ranks.sum(scores.counts)
         spent = ranks.sum(torch.tensor([self.spent, self.count], dtype=torch.float64))
