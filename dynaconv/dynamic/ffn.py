@@ -17,7 +17,7 @@ from dynaconv.dynamic.call import Call
 from dynaconv.dynamic.cost import FFNCost, FFNShape, ffn_cost
 from dynaconv.dynamic.few_bits import FewBitCopy
 from dynaconv.dynamic.layout import FFNLayout
-from dynaconv.dynamic.policy import Decision, by_sequence
+from dynaconv.dynamic.policy import Decision, Full, by_sequence
 from dynaconv.dynamic.projections import (
     Between,
     Handover,
@@ -281,7 +281,8 @@ class DynamicFFN(nn.Module):
         policy = self.call.policy
         if policy is None:
             return Decision(None)
-        self._prepare()
+        if not isinstance(policy, Full) or policy.scored:
+            self._prepare()
         return policy.decide(self.site, self.router, x)
 
     def _scores(self, x: Tensor) -> Tensor:
