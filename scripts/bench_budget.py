@@ -2,8 +2,8 @@
 
     python scripts/bench_budget.py MODEL TEXT.txt [TEXT.txt ...]
 
-MODEL is an exported folder with a calibrated dial. Each text is read token by token behind a prompt, at every budget of
-the dial below 1, and continued greedily. Writes benchmarks/budget.json.
+MODEL is an exported folder with a calibrated dial. Each text is read token by token behind a prompt, at every budget
+of the dial below 1, and continued greedily. Writes benchmarks/budget.json.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def main(
     model: Annotated[Path, typer.Argument(help="Exported folder.")],
     texts: Annotated[list[Path], typer.Argument(help="Texts of other kinds than it was calibrated on.")],
     tokens: Annotated[int, typer.Option(help="Tokens read or generated behind each prompt.")] = 128,
+    budgets: Annotated[str, typer.Option(help="Budgets, as 0.1,0.2; those of the dial by default.")] = "",
     sequences: Annotated[int, typer.Option(help="Sequences of each text.")] = 8,
     out: Annotated[Path, typer.Option(help="Result file.")] = Path("benchmarks/budget.json"),
     threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
@@ -39,7 +40,7 @@ def main(
     network, tokenizer, rows = load(model).eval(), load_tokenizer(model), []
     for text in texts:
         ids = sample(tokenizer, text, sequences, PROMPT + tokens)
-        for budget in network.layout.dial.budgets[:-1]:
+        for budget in [float(one) for one in budgets.split(",") if one] or network.layout.dial.budgets[:-1]:
             row: dict[str, Any] = {"text": text.name, "budget": budget}
             for controlled in (False, True):
                 dial, name = Dial(budget=budget, controlled=controlled), "controlled" if controlled else "uncontrolled"
