@@ -224,7 +224,8 @@ class DynamicFFN(nn.Module):
         assert self.copy is not None
         partition, choice, rows = self.site.partition, decision.choice, x.reshape(-1, x.shape[-1])
         if choice is None:
-            choice = Subset(torch.ones(*x.shape[:-1], partition.blocks, dtype=torch.bool, device=x.device))
+            all_on = torch.ones(*x.shape[:-1], partition.blocks, dtype=torch.bool, device=x.device)
+            choice = Subset(all_on, closer=all_on)
         mean = self._mean(decision, x)
         if isinstance(choice, Subset):
             self._record(x, decision._replace(choice=replace(choice, exact=torch.zeros_like(choice.on))))

@@ -21,6 +21,7 @@ from dynaconv.config import DataConfig, ProfileConfig, RunConfig, SketchConfig
 from dynaconv.convert.stage import CarveStage
 from dynaconv.dynamic.layout import CopyLayout
 from dynaconv.dynamic.policy import ByThreshold
+from dynaconv.dynamic.recorder import Recorder
 from dynaconv.pipeline.stage import Stage, StageContext
 from dynaconv.profile.stage import ProfileStage
 from dynaconv.progress import Progress
@@ -149,3 +150,13 @@ def test_a_model_that_holds_low_bit_values_alone_uses_them_for_exact_ones(tiny_c
         torch.testing.assert_close(packed(ids).logits, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="cannot be saved"):
         packed.save_pretrained("nowhere")
+
+
+def test_low_bit_values_alone_cost_all_planes_at_the_full_dial(tiny_checkpoint: Maker) -> None:
+    model, recorder = neurons_model(tiny_checkpoint()), Recorder()
+    for ffn in model.ffns():
+        ffn.pack()
+    with torch.no_grad(), model.call.using(recorder=recorder):
+        model(token_ids(), dial=1.0)
+    cost = model.ffns()[0].cost.bytes
+    assert float(recorder.all_costs()[2].mean()) == pytest.approx(cost.of(1.0, 0.0, 1.0))
