@@ -330,6 +330,8 @@ class DynamicFFN(nn.Module):
         return not (self._observed() or torch.is_grad_enabled() or isinstance(choice, Soft)) and self.is_plain()
 
     def _used(self, x: Tensor, hidden: Tensor, decision: Decision) -> Tensor:
+        if isinstance(decision.choice, Subset):  # modules compute exact values, also where low-bit ones would do
+            decision = decision._replace(choice=replace(decision.choice, exact=None))
         self._record(x, decision, hidden)
         if decision.choice is None:
             return hidden

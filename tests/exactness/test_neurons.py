@@ -160,3 +160,26 @@ def test_low_bit_values_alone_cost_all_planes_at_the_full_dial(tiny_checkpoint: 
         model(token_ids(), dial=1.0)
     cost = model.ffns()[0].cost.bytes
     assert float(recorder.all_costs()[2].mean()) == pytest.approx(cost.of(1.0, 0.0, 1.0))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_projections_that_are_more_than_weights_use_exact_values_and_are_charged_for_them(
+    tiny_checkpoint: Maker, family: str
+) -> None:
+    """As with adapters: a module with a hook is called, and nothing but its weight could be read in low bits."""
+    model, ids, some = neurons_model(tiny_checkpoint(family)), token_ids(), torch.full((2,), -1.0)
+    low, called = ByThreshold(some, exact=some + 100), Recorder()
+    with torch.no_grad():
+        with model.call.using(ByThreshold(some)):
+            expected = model(ids).logits
+        with model.call.using(low):
+            rounded = model(ids).logits
+        for ffn in model.ffns():
+            for module in ffn.projections():
+                module.register_forward_hook(lambda module, given, out: out)
+        with model.call.using(low, called):
+            found = model(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, rounded, atol=1e-4)
+    active, exact, *_ = called.all_costs()
+    assert torch.equal(active, exact) and 0 < float(active.mean()) < 1
