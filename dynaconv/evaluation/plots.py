@@ -59,7 +59,7 @@ def _draw_quality(axes: Any, frontier: Frontier) -> None:
     axes.set_title("quality and cost of a token at each budget", fontsize=9)
     axes.legend(loc="lower right", frameon=False)
     axes.margins(0.1, 0.1)
-    if shares[0] < LOW:
+    if 0 < shares[0] < LOW:
         axes.set_xscale("log")
         axes.set(xlim=(shares[0] / 1.3, None))
         axes.set_xticks([tick for tick in TICKS if tick >= shares[0] / 1.3])

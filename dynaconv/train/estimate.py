@@ -126,7 +126,7 @@ def graph_of(config: RunConfig, checkpoint: Checkpoint) -> Graph:
     by_width, by_neurons = KEPT[tuning.trainable]
     by_neurons += dial  # activations before and after they are masked
     if dial and config.experts == "neurons" and config.sketch.values == "mixed":
-        by_width, by_neurons = by_width + 1, by_neurons + by_neurons  # the network once more, with low-bit values
+        by_width, by_neurons = by_width + 1, 2 * KEPT[tuning.trainable][1]  # once more with low-bit values
     # Log-probabilities, and what the loss makes of them; of a divergence, its teacher's and exp of these.
     by_vocabulary = 5 + teachers + 2 * ("second" in passes) if dial else 3 + 2 * teachers
     layers = checkpoint.layers

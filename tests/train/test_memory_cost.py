@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from dynamic_models import SELF_TAUGHT, dynamic_model, token_ids
+from dynamic_models import SELF_TAUGHT, dynamic_model, neurons_model, token_ids
 from torch import Tensor
 
 from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.config import EngineConfig, FinetuneConfig, LossConfig, LossesConfig, RunConfig
-from dynaconv.dynamic.policy import Full
+from dynaconv.dynamic.policy import ByThreshold, Full, Policy
 from dynaconv.ranks import Ranks
 from dynaconv.train import engine as engines
 from dynaconv.train.deepspeed_config import BUCKET
@@ -144,19 +144,36 @@ def test_large_blocks_are_given_back() -> None:
 def test_layers_keep_as_many_blocks_as_counted(tiny_checkpoint: Maker, trainable: str, *, dense: bool) -> None:
     """Storages that the graph of one more layer keeps, without weights, against the count of one more layer."""
     folders = [tiny_checkpoint(hidden=256, ffn=640, heads=4, kv_heads=1, layers=layers) for layers in (2, 3)]
-    config = RunConfig()
+    config = RunConfig(experts="nested")
     changes = {"router": "uniform", "losses": DENSE} if dense else {}
     config.finetune = replace(config.finetune, trainable=trainable, batch_size=4, **changes)
     config.data.sequence_length = 64
-    fewer, more = (kept_bytes(folder, trainable, dense=dense) for folder in folders)
+    policy = Full() if dense else StraightThrough(-2.0, 1.0)
+    models = [dynamic_model(folder, "none" if dense else "width") for folder in folders]
+    fewer, more = (kept_bytes(model, trainable, policy) for model in models)
     low, high = (graph_of(config, Checkpoint.open(folder)) for folder in folders)
     blocks = (high.by_width - low.by_width) * 256 + (high.by_neurons - low.by_neurons) * 640
     assert more - fewer == pytest.approx(WORD * 4 * 64 * blocks, rel=0.12)
 
 
-def kept_bytes(folder: Path, trainable: str, *, dense: bool) -> int:
+def test_layers_of_single_neurons_keep_as_many_blocks_as_counted(tiny_checkpoint: Maker) -> None:
+    """The same with low-bit values, whose weights in the graph are counted with the few-bit copies."""
+    folders = [tiny_checkpoint(hidden=256, ffn=640, heads=4, kv_heads=1, layers=layers) for layers in (2, 3)]
+    config = RunConfig()
+    config.finetune = replace(config.finetune, batch_size=4)
+    config.data.sequence_length = 64
+    policies = [ByThreshold(torch.full((layers,), -1.0), True, torch.full((layers,), 1.0)) for layers in (2, 3)]
+    models = [neurons_model(folder) for folder in folders]
+    fewer, more = (kept_bytes(model, "all", policy) for model, policy in zip(models, policies, strict=True))
+    low, high = (graph_of(config, Checkpoint.open(folder)) for folder in folders)
+    blocks = (high.by_width - low.by_width) * 256 + (high.by_neurons - low.by_neurons) * 640
+    rounded = 3 * 256 * 640
+    assert more - fewer == pytest.approx(WORD * (4 * 64 * blocks + rounded), rel=0.12)
+
+
+def kept_bytes(model: Any, trainable: str, policy: Policy) -> int:
     """Bytes that the graph of one pass of 4 x 64 tokens keeps beside parameters."""
-    model = dynamic_model(folder, "none" if dense else "width").train()
+    model.train()
     choose(model, trainable)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     found: dict[int, int] = {}
@@ -169,7 +186,6 @@ def kept_bytes(folder: Path, trainable: str, *, dense: bool) -> int:
             alive.append(tensor)
         return tensor
 
-    policy = Full() if dense else StraightThrough(-2.0, 1.0)
     with model.call.using(policy), torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one):
         model(input_ids=token_ids(4, 64), use_cache=False)
     return sum(found.values())

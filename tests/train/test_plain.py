@@ -114,7 +114,9 @@ class Plain:
             low = self.model(ids).logits[:, :-1].flatten(0, 1).log_softmax(-1)
         divergence = (taught.exp() * (taught - low)).sum(-1).mean()
         (0.8 * divergence).backward()
-        found |= {"kl_dial": divergence.item(), "share_spent": self.routing + sum(spent) / len(spent)}
+        idle = len(edge) > 1 and not chosen.by_router  # the first blocks for all: no router runs
+        routing = 0.0 if idle else self.routing
+        found |= {"kl_dial": divergence.item(), "share_spent": routing + sum(spent) / len(spent)}
         if chosen.by_router:
             self.error += GAIN * (found["share_spent"] - chosen.budget)
             mean = sum(score.grad.mean() for _, _, score in scores) / len(scores)
