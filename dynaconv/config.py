@@ -153,16 +153,13 @@ class SketchConfig:
     """Single neurons chosen by a few-bit copy of their weights (``experts: neurons``).
 
     Attributes:
-        coarse_bits: Bits of the gate that are read of all neurons, to choose by: the highest bit planes of the copy. Of
-            the one projection, where FFNs have no gate.
-        bits: Bits of gate and up that are read of neurons which come near to being used by the first look.
-        reach: How near, in nats: a neuron that gives exp(reach) times less than the least that is used is not looked at
-            again.
-        low_bits: Bits of the copy, in which neurons of middling weight have their values; from ``bits`` to 8.
+        coarse_bits: Bits of the gate (of the one projection, where there is no gate) that are read of all neurons.
+        bits: Bits of gate and up that are read of neurons which the first look finds near to being used.
+        reach: How near, in nats: those that give exp(reach) times less than the least that is used are left out.
+        low_bits: Bits of low-bit values, from ``bits`` to 8: the copy's.
         group: Adjacent weights of a neuron that share a scale and a minimum.
-        values: ``mixed``: exact values for the most important neurons, low-bit ones for the next; or ``exact``: chosen
-            neurons have exact values only, and the copy serves to choose.
-        means: Neurons that are off give the mean of their activation where they are off, not nothing.
+        values: ``mixed`` (exact for the most important neurons, low-bit for the next) or ``exact`` (no low-bit ones).
+        means: Neurons that are off give their mean activation, not nothing.
     """
 
     coarse_bits: int = 2
@@ -258,9 +255,8 @@ class FinetuneConfig:
         full_share: Share of the steps, drawn at random, that train the full dial only.
         uniform_share: Share of the steps, at the start, in which all tokens get the same width; none where only
             ``routers`` train.
-        budgets: Lowest and highest budget sampled, shares of the parent's FFN bytes, routers counted. ``null`` takes
-            those at which tokens use a sixteenth and a half of the neurons (``neurons``), or a fifth and three
-            quarters.
+        budgets: Lowest and highest budget sampled. ``null`` takes those at which tokens use a sixteenth and six tenths
+            of the neurons one by one, or a fifth and three quarters in blocks.
         distribution: Of the budgets between the two: ``uniform``, ``low`` (uniform in the logarithm: low ones are
             more frequent) or ``high`` (the mirror image).
         anchor: The one budget trained at towards the end; ``null`` samples all along.
@@ -316,8 +312,7 @@ class CalibrateConfig:
     """The dial's grid and how it is measured.
 
     Attributes:
-        budgets: Shares of the parent's FFN bytes to solve thresholds for, routers counted; 1 is always added. ``null``
-            takes a grid from the lowest that leaves tokens some neurons.
+        budgets: Shares of the parent's FFN bytes to solve thresholds for; ``null`` takes a grid. 1 is always added.
         tokens: Validation tokens that thresholds are solved on; never those that are scored.
         score_tokens: Validation tokens that loss and agreement are scored on.
         batch_size: Windows in a batch.
@@ -380,8 +375,8 @@ class RunConfig:
             ``routed``, any blocks, each a cluster of neurons that are active together; or ``nested``, the first so
             many blocks, neurons in the order of their importance.
         blocks: Nested experts: how many blocks each FFN is cut into, from 1 to its neurons. ``None`` takes 8.
-        block_size: Routed experts: neurons a block, from 1 to those of the FFN; the last block holds what is left.
-            ``None`` takes 16, or fewer where an FFN has no 64 blocks of 16.
+        block_size: Routed experts: neurons a block; the last block holds what is left. ``None`` takes 16, or fewer
+            where an FFN has no 64 blocks of 16.
         seed: Seeds sampling, shuffling and initialisation.
         trust_remote_code: Let transformers run code from the source folder.
     """
