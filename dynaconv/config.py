@@ -371,9 +371,8 @@ class RunConfig:
     Attributes:
         source: Folder or hub name of the dense checkpoint.
         stages: Stages in order.
-        experts: What a token may use: ``neurons``, any single neurons, chosen by a few-bit sketch of the weights;
-            ``routed``, any blocks, each a cluster of neurons that are active together; or ``nested``, the first so
-            many blocks, neurons in the order of their importance.
+        experts: What a token may use: single ``neurons``, chosen by a sketch of the weights; ``routed``, any blocks of
+            neurons that are active together; ``nested``, the first so many blocks, by importance.
         blocks: Nested experts: how many blocks each FFN is cut into, from 1 to its neurons. ``None`` takes 8.
         block_size: Routed experts: neurons a block; the last block holds what is left. ``None`` takes 16, or fewer
             where an FFN has no 64 blocks of 16.
