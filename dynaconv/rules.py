@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
 from itertools import pairwise
 from typing import Any
 
 from dynaconv.config import LossesConfig, RunConfig
+from dynaconv.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,20 @@ def _problems_between(config: RunConfig, wrong: Collection[str]) -> Iterator[str
         yield f"finetune.accumulation is {tune.accumulation}; it must divide finetune.batch_size ({tune.batch_size})"
     elif "engine.nproc" not in wrong and (unlike := uneven(config, config.engine.nproc)):
         yield f"engine.nproc: {unlike}"
+
+
+def require_affordable(name: str, budgets: Sequence[float], routers: float) -> None:
+    """Checks ascending ``budgets``, the recipe's field ``name``, against what ``routers`` read for every token.
+
+    Raises:
+        ConfigError: The lowest is below that share of the bytes of the FFNs.
+    """
+    if budgets and budgets[0] <= routers:
+        raise ConfigError(
+            f"{name} begins at {budgets[0]:g}, but the routers alone read {routers:.3f} of the bytes of the FFNs",
+            expected=f"budgets above {routers:.3f}",
+            hint=f"leave {name} out (null) for budgets that fit",
+        )
 
 
 def uneven(config: RunConfig, world: int) -> str | None:

@@ -17,7 +17,6 @@ from dynaconv.dynamic.dial import Dial
 from dynaconv.dynamic.layout import DialTable, Layout
 from dynaconv.dynamic.policy import Full
 from dynaconv.dynamic.thresholds import solve_threshold
-from dynaconv.errors import ConfigError
 from dynaconv.evaluation.cost import CostModel
 from dynaconv.evaluation.scoring import Score, most_likely, score
 from dynaconv.evaluation.speed import decoding, interleaved
@@ -26,6 +25,7 @@ from dynaconv.profile.calibration import own_rows
 from dynaconv.profile.gated import solve_neurons
 from dynaconv.progress import Task
 from dynaconv.ranks import Ranks
+from dynaconv.rules import require_affordable
 
 SPEED_ROUNDS = 3
 NEURONS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
@@ -110,13 +110,7 @@ def grid(model: Any, config: CalibrateConfig) -> list[float]:
         costs += [budget for budget in HIGH if low and budget > costs[-1] + 0.05]
         return sorted({round(200 * one) / 200 for one in costs if cost.fixed + 0.005 < one < 0.99})
     asked = [budget for budget in config.budgets if budget < 1]
-    if asked and asked[0] <= cost.fixed:
-        raise ConfigError(
-            f"calibrate.budgets begins at {asked[0]:g}, but the routers alone read {cost.fixed:.3f} of the bytes of "
-            "the FFNs",
-            expected=f"budgets above {cost.fixed:.3f}",
-            hint="leave calibrate.budgets out (null) for a grid that fits",
-        )
+    require_affordable("calibrate.budgets", asked, cost.fixed)
     return asked
 
 

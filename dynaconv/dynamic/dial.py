@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dynaconv.dynamic.layout import DialTable, Layout
-from dynaconv.frontier import check_budget, check_quality
+from dynaconv.frontier import check_budget, check_flops, check_quality
 
 UNITS = ("budget", "flops", "quality", "width")
 
@@ -48,7 +48,7 @@ class Dial:
         if self.budget is not None:
             check_budget(self.budget)
         if self.flops is not None:
-            check_budget(self.flops)
+            check_flops(self.flops)
         if isinstance(self.prompt, (int, float)):
             object.__setattr__(self, "prompt", Dial(budget=float(self.prompt)))
         if self.quality is not None:

@@ -17,6 +17,7 @@ from dynaconv.kernels.codes import Codes, bytes_a_row
 from dynaconv.kernels.weights import FFNWeights
 
 _T = TypeVar("_T")
+_FFNCodes = tuple[Codes | None, Codes, Codes | None]  # of gate, up and down
 
 
 class FewBitCopy:
@@ -39,7 +40,7 @@ class FewBitCopy:
     def __init__(self, layout: CopyLayout, bits: int, coarse: int) -> None:
         self.layout, self.bits, self.coarse = layout, bits, coarse
         self._made_from: tuple[Any, ...] | None = None
-        self._codes: tuple[Codes | None, Codes, Codes | None] | None = None
+        self._codes: _FFNCodes | None = None
         self._first: Tensor | None = None
         self._second: tuple[Tensor | None, Tensor] | None = None
         self._low: FFNWeights | None = None
@@ -104,23 +105,21 @@ class FewBitCopy:
             gate=gate, up=_straight_through(weights.up, low.up), down=_straight_through(weights.down, low.down)
         )
 
-    def _encoded(self, weights: FFNWeights) -> tuple[Codes | None, Codes, Codes | None]:
+    def _encoded(self, weights: FFNWeights) -> _FFNCodes:
         self.norms = norms(weights.down.detach(), dim=0)
         bits, group = self.layout.bits, self.layout.group
         gate = None if weights.gate is None else Codes.of(weights.gate.detach(), bits, group)
         down = Codes.of(weights.down.detach().t(), bits, group) if self.layout.values else None
         return gate, Codes.of(weights.up.detach(), bits, group), down
 
-    def _read_first(self, codes: tuple[Codes | None, Codes, Codes | None], dtype: torch.dtype) -> Tensor:
+    def _read_first(self, codes: _FFNCodes, dtype: torch.dtype) -> Tensor:
         return (codes[0] or codes[1]).values(self.coarse, dtype)
 
-    def _read_second(
-        self, codes: tuple[Codes | None, Codes, Codes | None], dtype: torch.dtype
-    ) -> tuple[Tensor | None, Tensor]:
+    def _read_second(self, codes: _FFNCodes, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
         gate, up, _ = codes
         return None if gate is None else gate.values(self.bits, dtype), up.values(self.bits, dtype)
 
-    def _read_low(self, codes: tuple[Codes | None, Codes, Codes | None], weights: FFNWeights) -> FFNWeights | None:
+    def _read_low(self, codes: _FFNCodes, weights: FFNWeights) -> FFNWeights | None:
         (gate, up, down), dtype = codes, weights.up.dtype
         if down is None:
             return None

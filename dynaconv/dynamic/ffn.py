@@ -187,12 +187,9 @@ class DynamicFFN(nn.Module):
         """The network as the kernels take it, for what was decided of tokens ``x``; its projections must be plain."""
         weights, low, mean = self.weights(), None, None
         if decision is not None and x is not None:
-            mean = self._mean(decision, x)
-            if mean is not None and mean.dim() > 1:
-                mean = mean.expand(*x.shape[:-1], -1).reshape(-1, mean.shape[-1])
+            mean = self._mean_of_rows(decision, x)
             if isinstance(decision.choice, Subset) and decision.choice.exact is not None and self.copy is not None:
-                self._renew_copy()
-                low = self.copy.low(weights)
+                low = self.copy.low(weights)  # of the copy that the router has just read
         return BlockedFFN(weights, self.site.partition, low, mean)
 
     def pack(self) -> None:
@@ -205,12 +202,15 @@ class DynamicFFN(nn.Module):
             raise ValueError("this model has no low-bit values: convert it with experts=neurons sketch.values=mixed")
         weights = self.weights()
         self.copy.pack(weights)
-        names = {"gate", "up", "down"}
-        nothing = {
-            name: one.new_empty(0) for name, one in weights._asdict().items() if name in names and one is not None
-        }
-        biases = {name: one for name, one in weights._asdict().items() if name.endswith("bias") and one is not None}
-        self._packed = weights._replace(**nothing, **{name: one.detach().clone() for name, one in biases.items()})
+        self._packed = FFNWeights(
+            gate=None if weights.gate is None else weights.gate.new_empty(0),
+            up=weights.up.new_empty(0),
+            down=weights.down.new_empty(0),
+            activation=weights.activation,
+            gate_bias=_own(weights.gate_bias),
+            up_bias=_own(weights.up_bias),
+            down_bias=_own(weights.down_bias),
+        )
         for module in map(innermost, self.projections()):
             module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
 
@@ -226,13 +226,10 @@ class DynamicFFN(nn.Module):
         if choice is None:
             all_on = torch.ones(*x.shape[:-1], partition.blocks, dtype=torch.bool, device=x.device)
             choice = Subset(all_on, closer=all_on)
-        mean = self._mean(decision, x)
         if isinstance(choice, Subset):
             self._record(x, decision._replace(choice=replace(choice, exact=torch.zeros_like(choice.on))))
             choice = replace(choice, exact=None)
-        if mean is not None and mean.dim() > 1:
-            mean = mean.expand(*x.shape[:-1], -1).reshape(-1, mean.shape[-1])
-        ffn = BlockedFFN(self.copy.low(self.weights()), partition, None, mean)
+        ffn = BlockedFFN(self.copy.low(self.weights()), partition, None, self._mean_of_rows(decision, x))
         return reference_ffn(ffn, rows, choice.rows()).view_as(x)
 
     def weights(self) -> FFNWeights:
@@ -291,18 +288,15 @@ class DynamicFFN(nn.Module):
         return self.router(x)
 
     def _prepare(self) -> None:
-        """Lets a sketch router see the weights as they are now."""
-        if isinstance(self.router, SketchRouter) and self.copy is not None:
-            self._renew_copy()
-            self.router.follow(self.copy, self.weights())
-
-    def _renew_copy(self) -> None:
-        """Makes the few-bit copy of the weights as they are now."""
-        assert self.copy is not None
+        """Lets a sketch router, and the few-bit copy that it reads, see the weights as they are now."""
+        if not isinstance(self.router, SketchRouter) or self.copy is None:
+            return
+        weights = self.weights()
         if torch.compiler.is_compiling():
             self._copy_for_compiled_code()
         else:
-            self.copy.follow(self.weights())
+            self.copy.follow(weights)
+        self.router.follow(self.copy, weights)
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _copy_for_compiled_code(self) -> bool:
@@ -318,6 +312,11 @@ class DynamicFFN(nn.Module):
         mean = decision.means.to(self.means) @ self.means
         return mean if mean.dim() == 1 else by_sequence(mean, x)
 
+    def _mean_of_rows(self, decision: Decision, x: Tensor) -> Tensor | None:
+        """The same for the tokens of ``x`` in one dimension, (F,) or (M, F)."""
+        mean = self._mean(decision, x)
+        return mean if mean is None or mean.dim() == 1 else mean.expand(*x.shape[:-1], -1).reshape(-1, mean.shape[-1])
+
     def _observed(self) -> bool:
         recorder = self.call.recorder
         return recorder is not None and recorder.wants_hidden
@@ -325,8 +324,8 @@ class DynamicFFN(nn.Module):
     def _reads_weights(self, choice: Choice) -> bool:
         """Whether the weights say what the projections compute, so that these need not be called, as in training."""
         if isinstance(choice, Subset) and choice.exact is not None:  # low-bit values are made from weights
-            return self.is_plain() or (self.hooks_only_move_weights and all(
-                isinstance(module, Inline) for module in self.projections()))  # fmt: skip
+            inline = all(isinstance(module, Inline) for module in self.projections())
+            return self.is_plain() or (self.hooks_only_move_weights and inline)
         return not (self._observed() or torch.is_grad_enabled() or isinstance(choice, Soft)) and self.is_plain()
 
     def _used(self, x: Tensor, hidden: Tensor, decision: Decision) -> Tensor:

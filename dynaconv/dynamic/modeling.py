@@ -165,10 +165,8 @@ class DynamicMixin(DialedGeneration):
         if isinstance(policy, (ByThreshold, Controlled)):  # checked here, since some models flatten the batch inside
             if given is not None:
                 policy.require(given.shape[0])
-            if torch.is_grad_enabled() and isinstance(
-                policy, ByThreshold
-            ):  # a recomputation needs these thresholds, whatever the dial is by then
-                return policy.clone()
+            if torch.is_grad_enabled() and isinstance(policy, ByThreshold):
+                return policy.clone()  # a recomputation needs these thresholds, whatever the dial is by then
         return policy
 
     def _set_gradient_checkpointing(

@@ -6,9 +6,9 @@ from typing import Any
 
 from dynaconv.config import FinetuneConfig
 from dynaconv.data.windows import Windows, training_batch
-from dynaconv.errors import ConfigError
 from dynaconv.pipeline.stage import StageContext
 from dynaconv.profile.gated import exact_margin, prepare_means, solve_neurons
+from dynaconv.rules import require_affordable
 
 NODES = 4
 """Budgets at which means are trained; between them they are interpolated."""
@@ -32,13 +32,7 @@ def training_budgets(network: Any, tuning: FinetuneConfig) -> list[float]:
         low, high = NEURONS
         exact = 0.0 if cost.low else 1.0
         return [cost.of(low, exact * low, 2 * low), cost.of(high, exact * high, 1.0)]
-    if tuning.budgets[0] <= cost.fixed:
-        raise ConfigError(
-            f"finetune.budgets begin at {tuning.budgets[0]:g}, but the routers alone read {cost.fixed:.3f} of the "
-            "bytes of the FFNs",
-            expected=f"budgets above {cost.fixed:.3f}",
-            hint="leave finetune.budgets out (null) for those that fit",
-        )
+    require_affordable("finetune.budgets", tuning.budgets, cost.fixed)
     return tuning.budgets
 
 
