@@ -21,7 +21,7 @@ _FFNCodes = tuple[Codes | None, Codes, Codes | None]  # of gate, up and down
 
 
 class FewBitCopy:
-    """The copy of one FFN, as dense matrices in the weights' own dtype.
+    """The copy of one FFN, as dense matrices in the dtype that is computed in: the weights' own, or autocast's.
 
     Each neuron's rows of gate and up, and its column of down, are encoded by themselves, so that single neurons can be
     read.
@@ -64,10 +64,11 @@ class FewBitCopy:
     @torch.no_grad()
     def follow(self, weights: FFNWeights) -> None:
         """Makes the copy of ``weights``, where it is not their copy already."""
-        identity = tuple(map(_identity, (weights.gate, weights.up, weights.down)))
+        dtype = computed_dtype(weights.up)
+        identity = (dtype, *map(_identity, (weights.gate, weights.up, weights.down)))
         if self.packed or identity == self._made_from:
             return
-        codes, dtype = self._encoded(weights), weights.up.dtype
+        codes = self._encoded(weights)
         self._first, self._second = self._read_first(codes, dtype), self._read_second(codes, dtype)
         self._low = self._read_low(codes, weights)
         self._made_from = identity
@@ -120,7 +121,7 @@ class FewBitCopy:
         return None if gate is None else gate.values(self.bits, dtype), up.values(self.bits, dtype)
 
     def _read_low(self, codes: _FFNCodes, weights: FFNWeights) -> FFNWeights | None:
-        (gate, up, down), dtype = codes, weights.up.dtype
+        (gate, up, down), dtype = codes, computed_dtype(weights.up)
         if down is None:
             return None
         return weights._replace(
@@ -163,6 +164,12 @@ def norms(vectors: Tensor, dim: int, *, keepdim: bool = False) -> Tensor:
     """Euclidean norms along ``dim``, float32, of vectors of any floating dtype."""
     dtype = torch.promote_types(vectors.dtype, torch.float32)
     return torch.linalg.vector_norm(vectors, dim=dim, keepdim=keepdim, dtype=dtype).float()
+
+
+def computed_dtype(weight: Tensor) -> torch.dtype:
+    """What products with ``weight`` are computed in: autocast's dtype where it is on."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def _identity(weight: Tensor | None) -> tuple[Any, ...] | None:

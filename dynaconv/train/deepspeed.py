@@ -28,6 +28,7 @@ from dynaconv.errors import ArtifactError, ConfigError
 from dynaconv.kernels.choice import Soft
 from dynaconv.ranks import Ranks
 from dynaconv.train.deepspeed_config import deepspeed_config
+from dynaconv.train.engine import autocast
 from dynaconv.train.optimizer import adamw, parameter_groups, set_learning_rates
 
 TAG = "engine"
@@ -66,9 +67,7 @@ class DeepSpeedEngine:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """What DeepSpeed leaves to us: the parent's passes run in the same precision as its own."""
-        if self.config.precision == "bf16":
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return contextlib.nullcontext()
+        return autocast(self.config, self.device)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulates gradients of ``loss``; DeepSpeed reduces them over ranks when its stage wants to.

@@ -83,6 +83,11 @@ def build_engine(network: Any, config: RunConfig, ranks: Ranks) -> Engine:
     return TorchEngine(network, config.finetune, ranks)
 
 
+def autocast(config: FinetuneConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """bf16 autocast where ``config`` asks for it."""
+    return torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
+
+
 class TorchEngine:
     """Plain torch: AdamW with fp32 weights, forward passes in fp32 or under bf16 autocast; each rank has it all."""
 
@@ -96,9 +101,7 @@ class TorchEngine:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 autocast where the recipe asks for it."""
-        if self.config.precision == "bf16":
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext()
+        return autocast(self.config, self.device)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulates gradients of ``loss``, and averages them over ranks at the ``last`` one."""

@@ -9,6 +9,7 @@ from dynaconv.data.windows import Windows, training_batch
 from dynaconv.pipeline.stage import StageContext
 from dynaconv.profile.gated import exact_margin, prepare_means, solve_neurons
 from dynaconv.rules import require_affordable
+from dynaconv.train.engine import autocast
 
 NODES = 4
 """Budgets at which means are trained; between them they are interpolated."""
@@ -36,10 +37,18 @@ def training_budgets(network: Any, tuning: FinetuneConfig) -> list[float]:
     return tuning.budgets
 
 
-def prepare_neurons(network: Any, windows: Windows, tuning: FinetuneConfig, context: StageContext) -> float:
-    """Gives ``network`` means to train, measured on the first training text, where the recipe wants means.
+def prepare_neurons(
+    network: Any, windows: Windows, tuning: FinetuneConfig, context: StageContext, *, measured: bool
+) -> float:
+    """Gives ``network`` means to train, where the recipe wants means.
 
-    Every rank measures on the same text.
+    Args:
+        network: The model to train.
+        windows: Its training text.
+        tuning: The ``finetune`` section, budgets included.
+        context: Of the stage.
+        measured: Measure the means on the first training text, every rank on the same; else they are zeros until a
+            saved state is loaded.
 
     Returns:
         How far above the threshold of being used a neuron has exact values (see :func:`exact_margin`).
@@ -48,11 +57,14 @@ def prepare_neurons(network: Any, windows: Windows, tuning: FinetuneConfig, cont
     assert tuning.budgets is not None
     low, high = tuning.budgets
     network.to(context.ranks.device).eval()
-    margin = exact_margin(network)
-    if context.config.sketch.means:
+    with autocast(tuning, context.ranks.device):
+        margin = exact_margin(network)
+        if not config.sketch.means:
+            return margin
         nodes = sorted({low * (high / low) ** (node / (NODES - 1)) for node in range(NODES)})
         prepare_means(network, nodes)
-        steps = max(1, MEAN_TOKENS // (tuning.batch_size * config.data.sequence_length))
-        batches = [training_batch(windows, step, tuning.batch_size, config.seed) for step in range(steps)]
-        solve_neurons(network, batches, nodes, measure_means=True)
+        if measured:
+            steps = max(1, MEAN_TOKENS // (tuning.batch_size * config.data.sequence_length))
+            batches = [training_batch(windows, step, tuning.batch_size, config.seed) for step in range(steps)]
+            solve_neurons(network, batches, nodes, measure_means=True)
     return margin

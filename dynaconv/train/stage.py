@@ -70,7 +70,7 @@ class FinetuneStage(Stage):
         from dynaconv.train.neurons import prepare_neurons, training_budgets
         from dynaconv.train.objectives.registry import needs_parent
         from dynaconv.train.sampler import steps_of
-        from dynaconv.train.state import load_state
+        from dynaconv.train.state import has_state, load_state
         from dynaconv.train.step import Trainer
         from dynaconv.train.tracking import recorded
         from dynaconv.train.watch import Watch, memory_errors, watched
@@ -83,7 +83,9 @@ class FinetuneStage(Stage):
             network = trainable_model(context.inputs["dynamic"], tuning)
             tuning = replace(tuning, budgets=training_budgets(network, tuning))
             windows = training_windows(context, network.config.vocab_size, network.config.max_position_embeddings)
-            margin = prepare_neurons(network, windows, tuning, context) if network.layout.copy is not None else 0.0
+            margin = 0.0
+            if network.layout.copy is not None:
+                margin = prepare_neurons(network, windows, tuning, context, measured=not has_state(context.work))
             if not ranks.main:
                 torch.manual_seed(config.seed + (ranks.rank << 32))  # another dropout on each rank
             require_space(context.work, 2 * 12 * sum(p.numel() for p in network.parameters() if p.requires_grad))

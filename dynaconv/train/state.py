@@ -65,6 +65,11 @@ def save_state(work: Path, engine: Engine, position: Position) -> None:
         ranks.barrier()
 
 
+def has_state(work: Path) -> bool:
+    """Whether there is a state in ``work`` to go on from."""
+    return any(work.glob(f"{PREFIX}*"))
+
+
 def load_state(work: Path, engine: Engine) -> Position:
     """Restores the newest state in ``work``; the beginning where there is none. Every rank takes part.
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from dynaconv.dynamic.few_bits import FewBitCopy, norms
+from dynaconv.dynamic.few_bits import FewBitCopy, computed_dtype, norms
 from dynaconv.dynamic.layout import RouterLayout
 from dynaconv.dynamic.routers.base import Router, as_threshold, top_mask
 from dynaconv.kernels.choice import Choice, Subset
@@ -58,10 +58,10 @@ class SketchRouter(Router):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores (..., 2 F) float32 of tokens ``x`` (..., D), without gradient; :meth:`parts` says what they are."""
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            weights, copy = self._weights, self.copy
-            assert weights is not None, "the FFN hands over its weights before it asks for scores"
-            dtype = weights.up.dtype
+        weights, copy = self._weights, self.copy
+        assert weights is not None, "the FFN hands over its weights before it asks for scores"
+        dtype = computed_dtype(weights.up)
+        with torch.no_grad(), torch.autocast(x.device.type, dtype, enabled=dtype != weights.up.dtype):
             x, (gate, up) = x.to(dtype), copy.second(dtype)
             gated, act = gate is not None, weights.activation
             first = act(linear(x, copy.first(dtype), weights.gate_bias if gated else weights.up_bias))
