@@ -301,8 +301,11 @@ class DynamicFFN(nn.Module):
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _copy_for_compiled_code(self) -> bool:
         """Runs while code is compiled, and not in compiled code."""
-        assert self.copy is not None
-        self.copy.follow(self.weights())
+        copy, weights = self.copy, self.weights()
+        assert copy is not None
+        copy.follow(weights)
+        dtype = weights.up.dtype
+        _ = copy.first(dtype), copy.second(dtype), copy.layout.values and copy.low(weights)  # decoded here, and kept
         return True
 
     def _mean(self, decision: Decision, x: Tensor) -> Tensor | None:

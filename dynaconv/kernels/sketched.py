@@ -10,8 +10,9 @@ rounding: for a token x and a neuron f, with codes read as far as each look read
     on     = closer and second > level
     exact  = on and min(first, second) > exact_level
 
-where every size is at least :data:`SMALLEST`. A neuron that is exact gives act(gate x) (up x) times its column of down,
-one that is on but not exact the same of the low-bit codes, one that is off ``mean[f]`` times its column of down.
+where every size is at least :data:`SMALLEST`. All neurons give ``mean[f]`` times their column of down (``base``); one
+that is exact adds (act(gate x) (up x) - mean[f]) times that column, one that is on but not exact the same in low-bit
+values, of down, too.
 
 Ships with every exported model. M tokens, D residual width, F neurons.
 """
@@ -19,8 +20,8 @@ Ships with every exported model. M tokens, D residual width, F neurons.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -47,6 +48,7 @@ class SketchedFFN:
         coarse: Planes that the first look reads, of gate alone (of up, without a gate).
         bits: Planes that the second look reads in all.
         activation: What ``config.json`` calls the nonlinearity.
+        packed: By backend, what it has made of all this.
     """
 
     weights: FFNWeights
@@ -59,6 +61,7 @@ class SketchedFFN:
     coarse: int
     bits: int
     activation: str
+    packed: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +72,13 @@ class Asked:
         level: Size from which a neuron is on, (M,) float32: exp(threshold + the layer's offset).
         exact_level: Size from which its values are exact, (M,) float32; ``None``: all that are on are exact.
         mean: What neurons give that are off, (F,) or (M, F); ``None``: nothing.
+        base: ``mean @ down.T``, (D,) or (M, D); ``None`` where there is no mean.
     """
 
     level: Tensor
     exact_level: Tensor | None = None
     mean: Tensor | None = None
+    base: Tensor | None = None
 
 
 class Computed(NamedTuple):

@@ -24,10 +24,8 @@ from dynaconv.dynamic.layout import RouterLayout
 from dynaconv.dynamic.routers.base import Router, as_threshold, top_mask
 from dynaconv.kernels.choice import Choice, Subset
 from dynaconv.kernels.partition import Partition
+from dynaconv.kernels.sketched import SMALLEST, SketchedFFN
 from dynaconv.kernels.weights import FFNWeights
-
-SMALLEST = 1e-30
-"""What neurons give that give less: a score is never minus infinity."""
 
 
 class SketchRouter(Router):
@@ -75,6 +73,17 @@ class SketchRouter(Router):
 
     def _score(self, given: Tensor, size: Tensor) -> Tensor:
         return (given.float().abs() * size).clamp_min(SMALLEST).log() - self.offset
+
+    def sketched(self, weights: FFNWeights, activation: str) -> SketchedFFN:
+        """What fused kernels need of ``weights``, whose copy has been made, and of this router."""
+        gate, up, down = self.copy.codes
+        looked = self.copy.norms if gate is None else self.copy.norms * self.up_mean
+        bits, coarse = self.copy.bits, self.copy.coarse
+        return SketchedFFN(weights, gate, up, down, self.copy.norms, looked, self.reach, coarse, bits, activation)
+
+    def level(self, threshold: Tensor) -> Tensor:
+        """The size of a neuron whose score is ``threshold`` (...), float32."""
+        return (threshold.float() + self.offset).exp()
 
     def parts(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """What is compared with the threshold, and what decides on a second look, (..., F) each.
