@@ -35,13 +35,14 @@ class FewBitCopy:
     Attributes:
         norms: Of the columns of down, (F,) float32.
         packed: Whether it is held as codes, and nothing else is left of the weights.
+        version: How often it was made.
     """
 
     norms: Tensor
 
     def __init__(self, layout: CopyLayout, bits: int, coarse: int) -> None:
         self.layout, self.bits, self.coarse = layout, bits, coarse
-        self.packed = False
+        self.packed, self.version = False, 0
         self._made_from: tuple[Any, ...] | None = None
         self._codes: _FFNCodes | None = None
         self._decoded: dict[tuple[str, torch.dtype], Any] = {}
@@ -58,14 +59,14 @@ class FewBitCopy:
             (self._codes, self.norms), self.packed = kept, True
 
     @torch.no_grad()
-    def follow(self, weights: FFNWeights) -> bool:
-        """Makes the copy of ``weights``, where it is not their copy already; whether it was made anew."""
+    def follow(self, weights: FFNWeights) -> None:
+        """Makes the copy of ``weights``, where it is not their copy already."""
         identity = tuple(map(_identity, (weights.gate, weights.up, weights.down)))
         if self.packed or identity == self._made_from:
-            return False
+            return
         self._codes, self._made_from = self._encoded(weights), identity
         self._decoded.clear()
-        return True
+        self.version += 1
 
     @torch.no_grad()
     def pack(self, weights: FFNWeights) -> None:
@@ -103,7 +104,8 @@ class FewBitCopy:
     def low(self, weights: FFNWeights) -> FFNWeights:
         """Low-bit values, with the gradient of ``weights`` where one is recorded (straight-through estimator)."""
         dtype = computed_dtype(weights.up)
-        low = weights._replace(**self._kept("low", dtype, lambda: self._low(dtype)))
+        gate, up, down = self._kept("low", dtype, lambda: self._low(dtype))
+        low = weights._replace(gate=gate, up=up, down=down)
         if self.packed or not (torch.is_grad_enabled() and weights.requires_grad):
             return low
         gate = None if low.gate is None or weights.gate is None else _straight_through(weights.gate, low.gate)
@@ -111,14 +113,10 @@ class FewBitCopy:
             gate=gate, up=_straight_through(weights.up, low.up), down=_straight_through(weights.down, low.down)
         )
 
-    def _low(self, dtype: torch.dtype) -> dict[str, Tensor | None]:
+    def _low(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
         gate, up, down = self.codes
         assert down is not None, "the copy has no low-bit values"
-        return {
-            "gate": None if gate is None else gate.values(dtype=dtype),
-            "up": up.values(dtype=dtype),
-            "down": down.values(dtype=dtype).t(),
-        }
+        return None if gate is None else gate.values(dtype=dtype), up.values(dtype=dtype), down.values(dtype=dtype).t()
 
     def _kept(self, name: str, dtype: torch.dtype, decode: Callable[[], _T]) -> _T:
         """What ``decode`` gives, kept unless the copy is to take little memory."""

@@ -19,16 +19,16 @@ from numba.extending import intrinsic, models, register_model
 LANES = 16
 
 
-class Vector(types.Type):  # type: ignore[misc]
+class Vector(types.Type):
     """The type of a vector in compiled code."""
 
 
-class _Floats(models.PrimitiveModel):  # type: ignore[misc]
+class _Floats(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, FLOATS)
 
 
-class _Integers(models.PrimitiveModel):  # type: ignore[misc]
+class _Integers(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, INTEGERS)
 
@@ -81,13 +81,13 @@ def _integer(builder: Any, value: Any) -> Any:
 _Generate = Callable[[Any, Any, Any, Any], Any]
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def zeros(context: Any) -> tuple[Any, _Generate]:
     """Zeros."""
     return _floats(), lambda context, builder, signature, args: ir.Constant(FLOATS, [0.0] * LANES)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def floats(context: Any, address: Any, place: Any) -> tuple[Any, _Generate]:
     """16 float32 from ``place`` on."""
 
@@ -97,7 +97,7 @@ def floats(context: Any, address: Any, place: Any) -> tuple[Any, _Generate]:
     return _floats(_place, _place), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def bfloats(context: Any, address: Any, place: Any) -> tuple[Any, _Generate]:
     """16 bfloat16 as float32."""
 
@@ -108,7 +108,7 @@ def bfloats(context: Any, address: Any, place: Any) -> tuple[Any, _Generate]:
     return _floats(_place, _place), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def halves(context: Any, address: Any, place: Any) -> tuple[Any, _Generate]:
     """16 float16 as float32."""
 
@@ -118,7 +118,7 @@ def halves(context: Any, address: Any, place: Any) -> tuple[Any, _Generate]:
     return _floats(_place, _place), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def octets(context: Any, address: Any, place: Any) -> tuple[Any, _Generate]:
     """16 bytes as int32."""
 
@@ -128,7 +128,7 @@ def octets(context: Any, address: Any, place: Any) -> tuple[Any, _Generate]:
     return _integers(_place, _place), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def store(context: Any, address: Any, place: Any, value: Any) -> tuple[Any, _Generate]:
     """Writes 16 float32 from ``place`` on."""
 
@@ -140,7 +140,7 @@ def store(context: Any, address: Any, place: Any, value: Any) -> tuple[Any, _Gen
     return types.void(_place, _place, _floats), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def number(context: Any, address: Any, place: Any) -> tuple[Any, _Generate]:
     """One float32."""
 
@@ -150,7 +150,7 @@ def number(context: Any, address: Any, place: Any) -> tuple[Any, _Generate]:
     return _number(_place, _place), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def prefetch(context: Any, address: Any) -> tuple[Any, _Generate]:
     """Has the cache line at ``address``, which may be anywhere, read ahead."""
 
@@ -172,7 +172,7 @@ def prefetch(context: Any, address: Any) -> tuple[Any, _Generate]:
     return types.void(_place), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def integers(context: Any, address: Any, place: Any) -> tuple[Any, _Generate]:
     """16 int32, or 64 bytes."""
 
@@ -182,13 +182,13 @@ def integers(context: Any, address: Any, place: Any) -> tuple[Any, _Generate]:
     return _integers(_place, _place), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def no_integers(context: Any) -> tuple[Any, _Generate]:
     """Zeros."""
     return _integers(), lambda context, builder, signature, args: ir.Constant(INTEGERS, [0] * LANES)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def ones(context: Any, address: Any, place: Any) -> tuple[Any, _Generate]:
     """64 bytes, 1 where one of the 64 bits at ``place`` is set, the lowest first."""
 
@@ -203,7 +203,7 @@ def ones(context: Any, address: Any, place: Any) -> tuple[Any, _Generate]:
     return _integers(_place, _place), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def cut(context: Any, packed: Any, shift: Any, mask: Any) -> tuple[Any, _Generate]:
     """``(packed >> shift) & mask``."""
 
@@ -213,7 +213,7 @@ def cut(context: Any, packed: Any, shift: Any, mask: Any) -> tuple[Any, _Generat
     return _integers(_integers, _place, _place), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def joined(context: Any, packed: Any, shift: Any, mask: Any, bits: Any) -> tuple[Any, _Generate]:
     """``((packed << shift) & mask) | bits``, read as float32."""
 
@@ -225,13 +225,13 @@ def joined(context: Any, packed: Any, shift: Any, mask: Any, bits: Any) -> tuple
     return _floats(_integers, _place, _place, _place), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def converted(context: Any, value: Any) -> tuple[Any, _Generate]:
     """int32 as float32."""
     return _floats(_integers), lambda context, builder, signature, args: builder.sitofp(args[0], FLOATS)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def twice(context: Any, address: Any, place: Any) -> tuple[Any, _Generate]:
     """8 bytes as float32, each twice: lanes 0 and 1 have the first."""
 
@@ -246,7 +246,7 @@ def twice(context: Any, address: Any, place: Any) -> tuple[Any, _Generate]:
     return _floats(_place, _place), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def dots(context: Any, total: Any, packed: Any, address: Any, place: Any) -> tuple[Any, _Generate]:
     """``total`` plus, in each lane, four unsigned bytes of ``packed`` times four signed ones from ``place`` on."""
 
@@ -277,7 +277,7 @@ def _has_dot_products() -> bool:
     return bool(binding.get_host_cpu_features().get("avx512vnni"))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def weighed(context: Any, high: Any, low: Any) -> tuple[Any, _Generate]:
     """``128 * high + low`` as float32."""
 
@@ -288,19 +288,19 @@ def weighed(context: Any, high: Any, low: Any) -> tuple[Any, _Generate]:
     return _floats(_integers, _integers), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def product(context: Any, a: Any, b: Any) -> tuple[Any, _Generate]:
     """``a * b``."""
     return _floats(_floats, _floats), lambda context, builder, signature, args: builder.fmul(*args)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def plus(context: Any, a: Any, b: Any) -> tuple[Any, _Generate]:
     """``a + b``."""
     return _floats(_floats, _floats), lambda context, builder, signature, args: builder.fadd(*args)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def multiply_add(context: Any, a: Any, b: Any, c: Any) -> tuple[Any, _Generate]:
     """``a * b + c``, rounded once where the processor can."""
 
@@ -311,7 +311,7 @@ def multiply_add(context: Any, a: Any, b: Any, c: Any) -> tuple[Any, _Generate]:
     return _floats(_floats, _floats, _floats), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def splat(context: Any, value: Any) -> tuple[Any, _Generate]:
     """The same number 16 times."""
 
@@ -321,7 +321,7 @@ def splat(context: Any, value: Any) -> tuple[Any, _Generate]:
     return _floats(_number), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def total(context: Any, value: Any) -> tuple[Any, _Generate]:
     """The sum of the 16, half by half."""
 

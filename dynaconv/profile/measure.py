@@ -23,10 +23,10 @@ from torch.nn.functional import linear
 from dynaconv.arch.spec import FFNSpec
 from dynaconv.data.windows import Batch, scored_tokens
 from dynaconv.dynamic.projections import ffn_weights
-from dynaconv.dynamic.routers.sketch import SMALLEST
 from dynaconv.dynamic.score_histogram import ScoreHistogram
 from dynaconv.kernels.partition import Partition
 from dynaconv.kernels.reference import hidden_neurons
+from dynaconv.kernels.sketched import SMALLEST
 from dynaconv.kernels.weights import FFNWeights
 from dynaconv.profile.accumulators import ActivationMean, CurveStatistics, RidgeStatistics
 from dynaconv.profile.calibration import own_rows

@@ -122,13 +122,14 @@ def test_gradients_are_straight_through_and_reach_means(means: bool) -> None:
     exact_leaves = {name: getattr(base, name).clone().requires_grad_() for name in ("gate", "up", "down")}
     exact, low = base._replace(**exact_leaves), base._replace(**low_leaves)
     given = hidden_neurons(x, exact) * choice.exact
-    few = hidden_neurons(x, low) * (choice.on & ~choice.exact)
-    off = 0 if mean is None else mean.detach() * ~choice.on
-    ((linear(given + off, exact.down) + linear(few, low.down)) * target).sum().backward()
+    some, average = choice.on & ~choice.exact, torch.zeros(F) if mean is None else mean.detach()
+    few = (hidden_neurons(x, low) - average) * some
+    ((linear(given + average * ~choice.exact, exact.down) + linear(few, low.down)) * target).sum().backward()
     for name, leaf in leaves.items():
         torch.testing.assert_close(leaf.grad, exact_leaves[name].grad + low_leaves[name].grad)
     if mean is not None:
-        torch.testing.assert_close(mean.grad, ((target @ base.down) * ~choice.on).sum(0))
+        given_up = (target @ base.down) * ~choice.exact - (target @ rounded.down) * some
+        torch.testing.assert_close(mean.grad, given_up.sum(0))
 
 
 def test_soft_choices_lie_between_mean_and_neuron() -> None:
