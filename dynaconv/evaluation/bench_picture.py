@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 
 from dynaconv.evaluation.bench import Speeds
 from dynaconv.evaluation.plots import DIAL_COLOR, PARENT_COLOR
@@ -37,19 +38,20 @@ def draw_speeds(speeds: Speeds, path: Path, *, sequences: int = 1, name: str = "
     axes.plot(*zip(*points, strict=True), "o-", color=DIAL_COLOR, zorder=3, label="measured, with the dials")
     axes.plot(parent.bytes_per_step / GB, parent.tokens_per_s, "*", color=PARENT_COLOR, markersize=14, zorder=4)
     for one, point in zip(dials, points, strict=True):
-        axes.annotate(f"{one.dial:g}", point, textcoords="offset points", xytext=(0, -13), ha="center", fontsize=8)
+        axes.annotate(f"{one.dial:g}", point, textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
     axes.annotate(
         "parent",
         (parent.bytes_per_step / GB, parent.tokens_per_s),
         textcoords="offset points",
-        xytext=(0, 8),
+        xytext=(0, -16),
         ha="center",
         fontsize=8,
     )
-    axes.set(xlabel="GB read for a step of decoding", ylabel="tokens a second", xlim=(0, None), ylim=(0, None))
-    axes.margins(0.1)
+    axes.set(
+        xlabel="GB read for a step of decoding", ylabel="tokens a second", xlim=(0, 1.08 * high / GB), ylim=(0, None)
+    )
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.25)
     if name:
-        axes.set_title(name, fontsize=10, parse_math=False)
+        axes.set_title(fill(name, 70), fontsize=9, parse_math=False)
     figure.savefig(path, dpi=130, metadata={"Software": None} if path.suffix == ".png" else None)
