@@ -271,13 +271,13 @@ def _show(settings: dict[str, Any], speeds: Speeds) -> None:
         Column("bytes/step" if settings["batch"] > 1 else "bytes/token"),
         Column("promised"),
         Column("measured"),
-        Column("bandwidth"),
-        Column("path", words=True, wraps=10),
+        Column("memory"),
+        Column("path", words=True, wraps=12),
     ]
     print_table(columns, [_row(one) for one in (speeds.parent, *speeds.dials)])
     say_wrapped(
         f"Promised is the ratio of the bytes that the parent reads to those of the dial, measured that of their "
-        f"tokens/s. Bandwidth is the share of {speeds.bandwidth / 1e9:.1f} GB/s, what a plain sum over "
+        f"tokens/s. Memory is the share of {speeds.bandwidth / 1e9:.1f} GB/s, what a plain sum over "
         "a large buffer reads here."
     )
     for path, reason in dict.fromkeys((one.path, one.reason) for one in speeds.dials if one.reason):

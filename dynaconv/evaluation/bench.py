@@ -31,7 +31,7 @@ from dynaconv.kernels.dispatch import decide
 BUFFER = 1 << 30
 """Bytes of what is read to measure the memory's bandwidth: several times as many as the largest caches hold."""
 PARENT, MEMORY = "parent", "memory"
-STOCK = "transformers"
+STOCK = "stock"
 """The parent's path."""
 
 
