@@ -154,7 +154,7 @@ class StepRecorder(Recorder):
         if record.choice is None:
             self.read.append(1.0)
         elif isinstance(record.choice, (Prefix, Subset)):
-            shares = [float(share) for share in shares_of(_of_batch(record.choice), record.site.partition)]
+            shares = [float(share) for share in shares_of(read_once(record.choice), record.site.partition)]
             self.read.append(self.cost.of(*shares))
         else:
             self.read.append(float(record.bytes_share().mean()))
@@ -173,7 +173,7 @@ def _cost_at(ffn: DynamicFFN, itemsize: int) -> UnitCost:
     return shallow.cost.bytes
 
 
-def _of_batch(choice: Prefix | Subset) -> Prefix | Subset:
+def read_once(choice: Prefix | Subset) -> Prefix | Subset:
     """What a step reads of ``choice`` over its tokens, each neuron once: a choice of one token."""
     if isinstance(choice, Prefix):
         return Prefix(choice.widths.max().view(1))
