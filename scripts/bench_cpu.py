@@ -10,6 +10,8 @@ what dynaconv runs, each sketched backend by itself, and router and reference on
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib
 import json
 import math
@@ -30,16 +32,19 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from dynaconv.dynamic.dial import Dial
+from dynaconv.dynamic.few_bits import FewBitCopy
 from dynaconv.dynamic.ffn import DynamicFFN
 from dynaconv.dynamic.policy import ByThreshold, Full, Policy
 from dynaconv.dynamic.recorder import Record, Recorder, shares_of
 from dynaconv.evaluation.bench import Sizes, ffn_path, read_once
 from dynaconv.evaluation.bench_models import Subject, of_folder, of_shape
 from dynaconv.evaluation.shapes import shape_config
+from dynaconv.kernels.blocks import BlockedFFN
 from dynaconv.kernels.choice import Subset
 from dynaconv.kernels.reference import blocked_ffn as reference_ffn
 from dynaconv.kernels.reference import hidden_neurons
 from dynaconv.kernels.sketched import Asked, SketchedBackend, SketchedFFN
+from dynaconv.kernels.weights import FFNWeights
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -47,8 +52,8 @@ REPETITIONS = {1: 40, 8: 20}
 ROTATED = 400 << 20  # bytes of FFNs, at least, so that no cache holds what is timed
 TOKENS = 64  # whose inputs are used in turn
 OWN = "own"  # a batch in which each token has a dial of its own
-# Neurons whose scores lie at the threshold may fall on either side of it, with either order of summation.
-TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 3e-2}
+# Rounding decides about neurons whose scores lie at the threshold: some that add little are on here and off there.
+TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass
@@ -67,7 +72,7 @@ class Row:
         milliseconds: By candidate, of CPU time.
         wall_milliseconds: By candidate.
         speedup: By candidate.
-        relative_error: By candidate, against the reference.
+        relative_error: By candidate, against the reference in fp32.
     """
 
     shape: str
@@ -113,6 +118,12 @@ class Bench:
             self.model(subject.prompt, use_cache=False, logits_to_keep=1)
         self.inputs = [recorder.x[layer] for layer in range(len(self.ffns))]
         self.sketch_routers: list[Any] = [ffn.router for ffn in self.ffns]
+        first = self.ffns[0]
+        parts = [part.float() if isinstance(part, Tensor) else part for part in first.weights()]
+        self.exact, self.exact_router = FFNWeights(*parts), copy.deepcopy(self.sketch_routers[0])  # type: ignore[arg-type]
+        few_bits = FewBitCopy(self.model.layout.copy, first.copy.bits, first.copy.coarse)
+        few_bits.follow(self.exact)
+        self.exact_router.follow(few_bits, self.exact)
         self.sketched: list[SketchedFFN] = []
         if backends:
             pairs = zip(self.sketch_routers, self.ffns, strict=True)
@@ -138,6 +149,17 @@ class Bench:
         decision = policy.decide(ffn.site, ffn.router, x)
         assert decision.choice is not None
         return reference_ffn(ffn.blocked(decision, x), x.flatten(0, 1), decision.choice.rows())
+
+    def truth(self, batch: int, policy: Policy) -> Tensor:
+        """The output ``(B, D)`` of the first layer, router and reference in fp32."""
+        ffn, x = self.ffns[0], self.x(0, batch).float()
+        if not isinstance(policy, ByThreshold):
+            return linear(hidden_neurons(x.flatten(0, 1), self.exact), self.exact.down)
+        choice = policy.decide(ffn.site, self.exact_router, x).choice
+        mean = None if policy.means is None or ffn.means is None else policy.means @ ffn.means
+        assert choice is not None
+        low = self.exact_router.copy.low(self.exact)
+        return reference_ffn(BlockedFFN(self.exact, ffn.site.partition, low, mean), x.flatten(0, 1), choice.rows())
 
     def by(self, backend: SketchedBackend, layer: int, batch: int, asked: Sequence[Asked]) -> Tensor:
         """A sketched backend."""
@@ -165,8 +187,11 @@ class Bench:
             return found
         asked = [self.asked(layer, batch, policy) for layer in range(len(self.sketched))]
         for backend in self.backends:
-            if backend.can_run(self.sketched[0], self.x(0, batch).flatten(0, 1))[0]:
+            able, why = backend.can_run(self.sketched[0], self.x(0, batch).flatten(0, 1))
+            if able:
                 found[backend.name] = lambda layer, backend=backend: self.by(backend, layer, batch, asked)  # type: ignore[misc]
+            else:
+                say_once(f"{backend.name} is not timed at batch {batch}: {why}")
         return {**found, "reference": lambda layer: self.reference(layer, batch, policy)}
 
     def measure(self, batch: int, dial: str, policy: Policy, repetitions: int) -> Row:
@@ -174,11 +199,9 @@ class Bench:
         candidates, layers = self.candidates(batch, policy), range(len(self.ffns))
         times = medians(candidates, len(layers), repetitions)
         cpu, wall = (1e3 * torch.tensor(each, dtype=torch.float64) for each in times)
-        dtype = self.inputs[0].dtype
-        expected = candidates.get("reference", candidates["dense"])(0).view(batch, -1)
-        errors = {
-            name: row_errors(run(0).view(batch, -1), expected) for name, run in candidates.items() if name != "dense"
-        }
+        dtype, expected = self.inputs[0].dtype, self.truth(batch, policy)
+        ours = {name: run(0).view(batch, -1) for name, run in candidates.items() if name != "dense"}
+        errors = {name: row_errors(found, expected) for name, found in ours.items()}
         for name, error in errors.items():
             check(error, TOLERANCE[dtype], f"{self.name}, {dtype}, batch {batch}, dial {dial}, {name}")
         shares = [self._shares(layer, batch, policy) for layer in layers]
@@ -247,6 +270,12 @@ def show(row: Row) -> None:
     """Prints one line of the table."""
     case = f"{row.shape} {row.dtype:8} batch {row.batch} dial {row.dial:4} reads {row.bytes_share:.3f}"
     print(case, times_text(row.milliseconds, row.speedup), flush=True)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Prints ``line``, once."""
+    print(line)
 
 
 def environment() -> dict[str, Any]:
