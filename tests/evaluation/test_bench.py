@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_checkpoint
+from conftest import make_checkpoint, save_tokenizer
 from dynamic_models import dynamic_model, neurons_model, token_ids
 
 from dynaconv.arch.checkpoint import Checkpoint
+from dynaconv.arch.registry import known_families
+from dynaconv.arch.stock import load_dense
 from dynaconv.dynamic.dial import Dial
 from dynaconv.dynamic.recorder import Recorder
 from dynaconv.errors import ConfigError
@@ -69,6 +71,21 @@ def test_random_models_share_their_weights_and_agree_at_the_full_dial(subject: b
         assert torch.equal(subject.model(ids, dial=1.0).logits, subject.parent(ids).logits)
         assert not torch.equal(subject.model(ids, dial=0.4).logits, subject.parent(ids).logits)
     assert subject.parent.lm_head.weight.data_ptr() == subject.parent.get_input_embeddings().weight.data_ptr()
+
+
+@pytest.mark.parametrize("family", known_families())
+def test_a_folder_gives_its_parent_in_the_same_memory(family: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "parent", family)
+    dynamic_model(folder, "linear").save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    found = bench_models.of_folder(tmp_path / "model", SIZES, CPU)
+    held = {parameter.data_ptr() for parameter in found.parent.parameters()}
+    assert held <= {value.data_ptr() for value in found.model.dense_state().values()}
+    with torch.no_grad():
+        ids = token_ids()
+        assert torch.equal(found.parent(ids).logits, load_dense(folder, CPU)(ids).logits)
+    assert found.prompt.shape == (1, 4)
+    assert found.cost == CostModel.of(Checkpoint.open(folder), context=SIZES.context)
 
 
 def test_random_weights_are_those_of_the_seed_with_norms_of_one() -> None:
