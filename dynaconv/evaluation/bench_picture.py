@@ -38,12 +38,12 @@ def draw_speeds(speeds: Speeds, path: Path, *, sequences: int = 1, name: str = "
     axes.plot(*zip(*points, strict=True), "o-", color=DIAL_COLOR, zorder=3, label="measured, with the dials")
     axes.plot(parent.bytes_per_step / GB, parent.tokens_per_s, "*", color=PARENT_COLOR, markersize=14, zorder=4)
     for one, point in zip(dials, points, strict=True):
-        axes.annotate(f"{one.dial:g}", point, textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
+        axes.annotate(f"{one.dial:g}", point, textcoords="offset points", xytext=(-5, -13), ha="center", fontsize=8)
     axes.annotate(
         "parent",
         (parent.bytes_per_step / GB, parent.tokens_per_s),
         textcoords="offset points",
-        xytext=(0, -16),
+        xytext=(0, 10),
         ha="center",
         fontsize=8,
     )
