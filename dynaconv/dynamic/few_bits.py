@@ -135,6 +135,10 @@ class FewBitCopy:
         down = Codes.of(weights.down.detach().t(), bits, group) if self.layout.values else None
         return gate, Codes.of(weights.up.detach(), bits, group), down
 
+    def release(self) -> None:
+        """Lets go of decoded matrices; they are made again when they are read."""
+        self._decoded.clear()
+
     def forget(self) -> None:
         """Makes the copy anew the next time, for weights that change without a trace (DeepSpeed's)."""
         self._made_from = None

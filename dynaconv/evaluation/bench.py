@@ -23,10 +23,11 @@ from dynaconv.dynamic.dial import Dial
 from dynaconv.dynamic.ffn import DynamicFFN
 from dynaconv.dynamic.policy import Decision
 from dynaconv.dynamic.recorder import Record, Recorder, shares_of
+from dynaconv.dynamic.routers.sketch import SketchRouter
 from dynaconv.evaluation.cost import CostModel
 from dynaconv.evaluation.speed import decoding
 from dynaconv.kernels.choice import Choice, Prefix, Subset
-from dynaconv.kernels.dispatch import decide
+from dynaconv.kernels.dispatch import decide, sketched_backend
 
 BUFFER = 1 << 30
 """Bytes of what is read to measure the memory's bandwidth: several times as many as the largest caches hold."""
@@ -186,8 +187,14 @@ def ffn_path(ffn: DynamicFFN, x: Tensor, choice: Choice | None) -> tuple[str, st
     """What computes ``ffn`` for tokens ``x`` (B, T, D) that use ``choice``, and why, in one sentence."""
     if choice is None:
         return "dense", "every neuron is used: the FFNs are computed as in the parent"
+    rows, router = x.reshape(-1, x.shape[-1]), ffn.router
+    if isinstance(router, SketchRouter) and isinstance(choice, Subset) and ffn.is_plain():
+        sketched = router.sketched(ffn.weights(), ffn.activation_name)
+        fused = sketched_backend(sketched, rows)
+        if fused is not None:
+            return fused.name, fused.can_run(sketched, rows)[1]
     means = None if ffn.means is None else ffn.means.new_zeros(len(ffn.means))
-    network, rows = ffn.blocked(Decision(choice, means=means), x), x.reshape(-1, x.shape[-1])
+    network = ffn.blocked(Decision(choice, means=means), x)
     chosen = decide(network, rows, choice.rows())
     variant = chosen.backend.variant(network, rows, choice.rows())
     return f"{chosen.backend.name}, {variant}" if variant else chosen.backend.name, chosen.reason
@@ -222,6 +229,9 @@ def measure(
         seen[str(dial)] = StepRecorder(model.ffns(), cost.itemsize)
         with model.call.using(recorder=seen[str(dial)]):
             runs[str(dial)]()
+        for ffn in model.ffns():
+            if ffn.copy is not None:
+                ffn.copy.release()  # what noting down took to compute, and generating does not
         finished(str(dial))
     taken = _in_turns(runs, sizes.rounds, finished)
     dense = Candidate(taken[PARENT], cost.bytes_per_step(1.0, len(prompt)), len(prompt))
