@@ -6,6 +6,7 @@ that is fine-tuned. Ships with every exported model. D residual width, F neurons
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -33,9 +34,12 @@ class FewBitCopy:
 
     Attributes:
         norms: Of the columns of down, (F,) float32.
+        rounding: What each look's rounding adds to a weight that the activation sees, root mean square, (2,) float32;
+            ``None`` where the activation is not flat below 0 (:func:`is_flat`).
     """
 
     norms: Tensor
+    rounding: Tensor | None
 
     def __init__(self, layout: CopyLayout, bits: int, coarse: int) -> None:
         self.layout, self.bits, self.coarse = layout, bits, coarse
@@ -47,14 +51,14 @@ class FewBitCopy:
 
     def __getstate__(self) -> dict[str, Any]:
         # The matrices are made again, from the weights that it will be used with; codes are all there is of them.
-        kept = None if self._codes is None else (self._codes, self.norms)
+        kept = None if self._codes is None else (self._codes, self.norms, self.rounding)
         return {"layout": self.layout, "bits": self.bits, "coarse": self.coarse, "kept": kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         kept = state.pop("kept")
         self.__init__(**state)  # type: ignore[misc]
         if kept is not None:
-            self._codes, self.norms = kept
+            self._codes, self.norms, self.rounding = kept
 
     @property
     def packed(self) -> bool:
@@ -85,6 +89,7 @@ class FewBitCopy:
             gate, up, down = (None if one is None else one.to(device) for one in self._codes)
             assert up is not None
             self._codes, self.norms = (gate, up, down), self.norms.to(device)
+            self.rounding = None if self.rounding is None else self.rounding.to(device)
 
     def first(self, dtype: torch.dtype) -> Tensor:
         """What the router's first look reads, (F, D)."""
@@ -111,7 +116,12 @@ class FewBitCopy:
         bits, group = self.layout.bits, self.layout.group
         gate = None if weights.gate is None else Codes.of(weights.gate.detach(), bits, group)
         down = Codes.of(weights.down.detach().t(), bits, group) if self.layout.values else None
-        return gate, Codes.of(weights.up.detach(), bits, group), down
+        up, self.rounding = Codes.of(weights.up.detach(), bits, group), None
+        if is_flat(weights.activation):
+            seen, codes = (weights.up, up) if weights.gate is None or gate is None else (weights.gate, gate)
+            errors = [codes.values(planes) - seen.detach().float() for planes in (self.coarse, self.bits)]
+            self.rounding = torch.stack([error.square().mean().sqrt() for error in errors])
+        return gate, up, down
 
     def _read_first(self, codes: _FFNCodes, dtype: torch.dtype) -> Tensor:
         return (codes[0] or codes[1]).values(self.coarse, dtype)
@@ -164,6 +174,11 @@ def norms(vectors: Tensor, dim: int, *, keepdim: bool = False) -> Tensor:
     """Euclidean norms along ``dim``, float32, of vectors of any floating dtype."""
     dtype = torch.promote_types(vectors.dtype, torch.float32)
     return torch.linalg.vector_norm(vectors, dim=dim, keepdim=keepdim, dtype=dtype).float()
+
+
+def is_flat(activation: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a neuron gives nothing at all below 0, as ReLU and its square."""
+    return not bool(activation(torch.full((1,), -1.0)).any())
 
 
 def computed_dtype(weight: Tensor) -> torch.dtype:

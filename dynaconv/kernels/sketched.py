@@ -10,8 +10,12 @@ rounding: for a token x and a neuron f, with codes read as far as each look read
     on     = closer and second > level
     exact  = on and min(first, second) > exact_level
 
-where every size is at least :data:`SMALLEST`. A neuron that is exact gives act(gate x) (up x) times its column of down,
-one that is on but not exact the same of the low-bit codes, one that is off ``mean[f]`` times its column of down.
+where every size is at least :data:`SMALLEST`. Where the activation is flat below 0 (``rounding`` is there), what it is
+given in the first two lines, s, is replaced by (s + sqrt(s^2 + w^2)) / 2, with w = rounding[0] * ||x|| in the first and
+rounding[1] * ||x|| in the second; computed as max(s, 0) + w^2 / (|s| + sqrt(s^2 + w^2)) / 2 nothing cancels.
+
+A neuron that is exact gives act(gate x) (up x) times its column of down, one that is on but not exact the same of the
+low-bit codes, one that is off ``mean[f]`` times its column of down.
 
 Ships with every exported model. M tokens, D residual width, F neurons.
 """
@@ -47,6 +51,7 @@ class SketchedFFN:
         coarse: Planes that the first look reads, of gate alone (of up, without a gate).
         bits: Planes that the second look reads in all.
         activation: What ``config.json`` calls the nonlinearity.
+        rounding: Of ``FewBitCopy``, (2,) float32; ``None`` where the activation is not flat below 0.
     """
 
     weights: FFNWeights
@@ -59,6 +64,7 @@ class SketchedFFN:
     coarse: int
     bits: int
     activation: str
+    rounding: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

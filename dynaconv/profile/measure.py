@@ -25,7 +25,7 @@ from dynaconv.data.windows import Batch, scored_tokens
 from dynaconv.dynamic.few_bits import norms
 from dynaconv.dynamic.projections import ffn_weights
 from dynaconv.dynamic.routers.sketch import SMALLEST
-from dynaconv.dynamic.score_histogram import ScoreHistogram
+from dynaconv.dynamic.score_histogram import LOWEST, WIDTH, ScoreHistogram
 from dynaconv.kernels.partition import Partition
 from dynaconv.kernels.reference import hidden_neurons
 from dynaconv.kernels.weights import FFNWeights
@@ -148,8 +148,12 @@ class Contributions:
         return (self.ups.cpu() / self.tokens.clamp_min(1)).float()
 
     def level(self) -> Tensor:
-        """The logarithm of what a neuron adds that stands at :data:`LEVEL_SHARE` from the top, () float32."""
-        return torch.tensor(self.scores.quantile(LEVEL_SHARE), dtype=torch.float32)
+        """The logarithm of what a neuron adds that stands at :data:`LEVEL_SHARE` from the top, () float32.
+
+        Of the neurons that add anything: with ReLU that may be a tenth.
+        """
+        share = LEVEL_SHARE * self.scores.above(LOWEST + WIDTH)
+        return torch.tensor(self.scores.quantile(share), dtype=torch.float32)
 
 
 def measure_layer(
