@@ -191,6 +191,9 @@ def _identity(weight: Tensor | None) -> tuple[Any, ...] | None:
     if weight is None:
         return None
     version = 0 if weight.is_inference() else weight._version
+    fetched = getattr(weight if weight._base is None else weight._base, "kept_as", None)
+    if fetched is not None:  # by accelerate, for this call
+        return (*fetched, weight.storage_offset(), weight.dtype, weight.device)
     return weight.data_ptr(), version, weight.dtype, weight.device
 
 
