@@ -36,9 +36,12 @@ class FewBitCopy:
         norms: Of the columns of down, (F,) float32.
         packed: Whether it is held as codes, and nothing else is left of the weights.
         version: How often it was made.
+        rounding: What each look's rounding adds to a weight that the activation sees, root mean square, (2,) float32;
+            ``None`` where the activation is not flat below 0 (:func:`is_flat`).
     """
 
     norms: Tensor
+    rounding: Tensor | None
 
     def __init__(self, layout: CopyLayout, bits: int, coarse: int) -> None:
         self.layout, self.bits, self.coarse = layout, bits, coarse
@@ -49,14 +52,14 @@ class FewBitCopy:
 
     def __getstate__(self) -> dict[str, Any]:
         # Made again, from the weights that it will be used with; of packed ones, codes are all there is.
-        kept = (self._codes, self.norms) if self.packed else None
+        kept = (self._codes, self.norms, self.rounding) if self.packed else None
         return {"layout": self.layout, "bits": self.bits, "coarse": self.coarse, "kept": kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         kept = state.pop("kept")
         self.__init__(**state)  # type: ignore[misc]
         if kept is not None:
-            (self._codes, self.norms), self.packed = kept, True
+            (self._codes, self.norms, self.rounding), self.packed = kept, True
 
     @torch.no_grad()
     def follow(self, weights: FFNWeights) -> None:
@@ -80,6 +83,7 @@ class FewBitCopy:
             gate, up, down = (None if one is None else one.to(device) for one in self.codes)
             assert up is not None
             self._codes, self.norms = (gate, up, down), self.norms.to(device)
+            self.rounding = None if self.rounding is None else self.rounding.to(device)
 
     @property
     def codes(self) -> _FFNCodes:
@@ -133,7 +137,12 @@ class FewBitCopy:
         bits, group = self.layout.bits, self.layout.group
         gate = None if weights.gate is None else Codes.of(weights.gate.detach(), bits, group)
         down = Codes.of(weights.down.detach().t(), bits, group) if self.layout.values else None
-        return gate, Codes.of(weights.up.detach(), bits, group), down
+        up, self.rounding = Codes.of(weights.up.detach(), bits, group), None
+        if is_flat(weights.activation):
+            seen, codes = (weights.up, up) if weights.gate is None or gate is None else (weights.gate, gate)
+            errors = [codes.values(planes) - seen.detach().float() for planes in (self.coarse, self.bits)]
+            self.rounding = torch.stack([error.square().mean().sqrt() for error in errors])
+        return gate, up, down
 
     def release(self) -> None:
         """Lets go of decoded matrices; they are made again when they are read."""
@@ -170,6 +179,11 @@ def norms(vectors: Tensor, dim: int, *, keepdim: bool = False) -> Tensor:
     return torch.linalg.vector_norm(vectors, dim=dim, keepdim=keepdim, dtype=dtype).float()
 
 
+def is_flat(activation: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a neuron gives nothing at all below 0, as ReLU and its square."""
+    return not bool(activation(torch.full((1,), -1.0)).any())
+
+
 def computed_dtype(weight: Tensor) -> torch.dtype:
     """What products with ``weight`` are computed in: autocast's dtype where it is on."""
     kind = weight.device.type
@@ -180,6 +194,9 @@ def _identity(weight: Tensor | None) -> tuple[Any, ...] | None:
     if weight is None:
         return None
     version = 0 if weight.is_inference() else weight._version
+    fetched = getattr(weight if weight._base is None else weight._base, "kept_as", None)
+    if fetched is not None:  # by accelerate, for this call
+        return (*fetched, weight.storage_offset(), weight.dtype, weight.device)
     return weight.data_ptr(), version, weight.dtype, weight.device
 
 

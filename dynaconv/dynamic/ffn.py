@@ -33,6 +33,7 @@ from dynaconv.dynamic.projections import (
     is_plain,
     projection,
     rebind,
+    stored,
 )
 from dynaconv.dynamic.recorder import Record
 from dynaconv.dynamic.routers.base import Router
@@ -344,9 +345,10 @@ class DynamicFFN(nn.Module):
 
     def _mean(self, decision: Decision, x: Tensor) -> Tensor | None:
         """What neurons give that are off, (F,), or (B, 1, F) where sequences differ."""
-        if decision.means is None or self.means is None:
+        means = stored(self, "means")
+        if decision.means is None or means is None:
             return None
-        mean = decision.means.to(self.means) @ self.means
+        mean = decision.means.to(means) @ means
         return mean if mean.dim() == 1 else by_sequence(mean, x)
 
     def _mean_of_rows(self, decision: Decision, x: Tensor) -> Tensor | None:

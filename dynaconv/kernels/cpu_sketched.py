@@ -74,7 +74,7 @@ class _Packed:
     """An FFN as the loops take it."""
 
     def __init__(self, ffn: SketchedFFN) -> None:
-        from dynaconv.kernels.cpu_sketched_loops import Memory, Records, Sizes
+        from dynaconv.kernels.cpu_sketched_rows import Memory, Records, Sizes
 
         weights, look = ffn.weights, ffn.gate or ffn.up
         self.neurons, self.residual = weights.up.shape
@@ -106,18 +106,23 @@ class _Packed:
         self._kept = [_on_large_pages(one) for one in self._kept]  # addresses are no references
         self.memory = Memory(*(one.data_ptr() for one in self._kept))
         self.bias = None if weights.down_bias is None else weights.down_bias.detach().float()
+        self.rounding = None if ffn.rounding is None else ffn.rounding.detach().float().numpy()
 
     def run(self, x: Tensor, asked: Asked) -> Computed:
         """The output (M, D) of tokens ``x`` (M, D), and how many neurons each used."""
-        from dynaconv.kernels.cpu_sketched_loops import compute, take_apart
+        from dynaconv.kernels.cpu_sketched_loops import compute
+        from dynaconv.kernels.cpu_sketched_rows import take_apart
 
         tokens, numbers, lanes = len(x), x.detach().float(), 16 * self.pieces
         padded = self._fit(numbers, 16 * lanes).contiguous().numpy()
         taken = self._taken(tokens)
         take_apart(padded, taken)
-        factors = np.full(tokens, self.factor)
-        if self.gated:
-            factors *= torch.linalg.vector_norm(numbers, dim=-1).numpy()
+        factors, widths = np.full(tokens, self.factor), np.zeros((tokens, 2), np.float32)
+        if self.gated or self.rounding is not None:
+            lengths = torch.linalg.vector_norm(numbers, dim=-1).numpy()
+            factors *= lengths if self.gated else np.float32(1)
+            if self.rounding is not None:
+                widths = lengths[:, None] * self.rounding
         level = asked.level.expand(tokens).contiguous().numpy()
         exact = level if asked.exact_level is None else asked.exact_level.expand(tokens).contiguous().numpy()
         means = _NO_MEANS if asked.mean is None else asked.mean.detach().float().view(-1, self.neurons).numpy()
@@ -126,7 +131,7 @@ class _Packed:
             out, counts = np.zeros((tokens, 16 * lanes), np.float32), np.zeros((tokens, 3), np.int32)
             work, lowered = np.empty((2, lanes), np.float32), np.zeros((tokens, -(-self.pieces // 2) * 16), np.float32)
             compute(
-                self.memory, self.how, self.sizes, start, stop, padded, taken, factors, level, exact, means,
+                self.memory, self.how, self.sizes, start, stop, padded, taken, factors, widths, level, exact, means,
                 work, lowered, out, counts,
             )  # fmt: skip
             return out, counts
@@ -144,7 +149,7 @@ class _Packed:
         return Computed(output.to(x.dtype), torch.from_numpy(counts))
 
     def _taken(self, tokens: int) -> Any:
-        from dynaconv.kernels.cpu_sketched_loops import Taken
+        from dynaconv.kernels.cpu_sketched_rows import Taken
 
         lanes = 16 * self.pieces
         bytes_ = np.empty((2, tokens, 16 * lanes), np.int8)

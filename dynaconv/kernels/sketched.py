@@ -10,9 +10,12 @@ rounding: for a token x and a neuron f, with codes read as far as each look read
     on     = closer and second > level
     exact  = on and min(first, second) > exact_level
 
-where every size is at least :data:`SMALLEST`. All neurons give ``mean[f]`` times their column of down (``base``); one
-that is exact adds (act(gate x) (up x) - mean[f]) times that column, one that is on but not exact the same in low-bit
-values, of down, too.
+where every size is at least :data:`SMALLEST`. Where the activation is flat below 0 (``rounding`` is there), what it is
+given in the first two lines, s, is replaced by (s + sqrt(s^2 + w^2)) / 2, with w = rounding[0] * ||x|| in the first and
+rounding[1] * ||x|| in the second; computed as max(s, 0) + w^2 / (|s| + sqrt(s^2 + w^2)) / 2 nothing cancels.
+
+All neurons give ``mean[f]`` times their column of down (``base``); one that is exact adds (act(gate x) (up x) -
+mean[f]) times that column, one that is on but not exact the same in low-bit values, of down, too.
 
 Ships with every exported model. M tokens, D residual width, F neurons.
 """
@@ -48,6 +51,7 @@ class SketchedFFN:
         coarse: Planes that the first look reads, of gate alone (of up, without a gate).
         bits: Planes that the second look reads in all.
         activation: What ``config.json`` calls the nonlinearity.
+        rounding: Of ``FewBitCopy``, (2,) float32; ``None`` where the activation is not flat below 0.
         packed: By backend, what it has made of all this.
     """
 
@@ -61,6 +65,7 @@ class SketchedFFN:
     coarse: int
     bits: int
     activation: str
+    rounding: Tensor | None = None
     packed: dict[str, Any] = field(default_factory=dict)
 
 
