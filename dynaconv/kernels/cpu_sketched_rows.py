@@ -143,6 +143,7 @@ class Memory(NamedTuple):
 
 @jit
 def at(array: Any) -> int:
+    """The address of ``array``."""
     return np.int64(array.ctypes.data)
 
 
