@@ -31,6 +31,9 @@ from dynaconv.kernels.cpu_sketched_rows import (
 from dynaconv.kernels.simd import number, prefetch
 from dynaconv.kernels.sketched import SMALLEST
 
+AHEAD = 4
+"""How many neurons before it is computed a record is asked for. Waiting for it took two thirds of the time."""
+
 
 @jit
 def first_look(
@@ -103,9 +106,9 @@ def second_look(
     for i in range(len(rows)):
         neuron = rows[i]
         place, first, record = neuron - start, memory.first + how.first * neuron, memory.second + how.second * neuron
-        if i + 2 < len(rows):
-            ahead = memory.second + how.second * rows[i + 2]
-            for line in range(how.down_steps // 64):
+        if i + AHEAD < len(rows):
+            ahead = memory.second + how.second * rows[i + AHEAD]
+            for line in range(how.second // 64):
                 prefetch(ahead + 64 * line)
         for j in range(len(levels)):
             token, looked = tokens[j], seen[place, j, 3]

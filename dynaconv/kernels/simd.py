@@ -151,6 +151,18 @@ def number(context: Any, address: Any, place: Any) -> tuple[Any, _Generate]:
 
 
 @intrinsic
+def power_of_two(context: Any, exponent: Any) -> tuple[Any, _Generate]:
+    """2 to the power of ``exponent``, -126 to 127."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        short = builder.trunc(args[0], ir.IntType(32))
+        moved = builder.shl(builder.add(short, ir.Constant(short.type, 127)), ir.Constant(short.type, 23))
+        return builder.bitcast(moved, ir.FloatType())
+
+    return _number(_place), generate
+
+
+@intrinsic
 def prefetch(context: Any, address: Any) -> tuple[Any, _Generate]:
     """Has the cache line at ``address``, which may be anywhere, read ahead."""
 
