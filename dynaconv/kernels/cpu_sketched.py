@@ -102,8 +102,10 @@ class _Packed:
         del more["two"]
         self.how = Records(first=first.shape[1], numbers=places["numbers"], second=second.shape[1], **more)
         exact = weights.gate if weights.gate is not None else weights.up
-        self._kept = [first, second, exact.detach(), weights.up.detach(), weights.down.detach().t()]
-        self._kept = [_on_large_pages(one) for one in self._kept]  # addresses are no references
+        read = [one.detach().contiguous() for one in (exact, weights.up)]  # where they lie, as a rule
+        self._kept = [first, second, *read, weights.down.detach().t()]  # addresses are no references
+        for made in (0, 1, 4):
+            self._kept[made] = _on_large_pages(self._kept[made])
         self.memory = Memory(*(one.data_ptr() for one in self._kept))
         self.bias = None if weights.down_bias is None else weights.down_bias.detach().float()
         self.rounding = None if ffn.rounding is None else ffn.rounding.detach().float().numpy()
