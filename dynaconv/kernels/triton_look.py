@@ -1,7 +1,7 @@
 """Triton kernels that choose neurons by a few-bit copy, and compute those they choose, in one launch.
 
 Neurons are dealt to tiles: tile t has the neurons t, t + S, t + 2 S and so on, so that neighbours, which are often used
-together, are spread evenly. One program serves one tile and up to 4 tokens: it looks at all its neurons, lists those
+together, are spread evenly. One program, a single warp, serves one tile and up to 4 tokens: it looks at all its neurons, lists those
 that a token may use, looks at these again, lists those that are used, and computes their activations. Lists are in the
 order of the neurons, whatever runs first; what a token gets does not depend on what others add to a list.
 
@@ -10,9 +10,12 @@ a row of codes, S tiles of B neurons each, Q groups of tokens.
 
 What programs write, all of it in places of their own:
 
-* ``lists`` (3, Q, S, B) int32: neurons that are looked at twice, are exact, are in low bits, for some token;
-* ``values`` (SLOTS, M, S, B) float32, at the positions of these lists: see the constants of slots;
-* ``lengths`` (2, Q, S) int32: of the last two lists;
+* ``lists`` (3, Q, S, B) int32: neurons that are looked at twice, are exact, are in low bits, for some token, as their
+  numbers within the tile; a program reads no more than it wrote;
+* ``values`` (7, M, S, B) float32, at the positions of these lists: of the first, two parts of the product with the gate
+  and the size by the first look; of the second, flags of tokens; of the third, flags and the products with gate and up;
+* ``given`` (1 or 2, M, S, B) float32, neuron by neuron: what it adds of its column of down, and, where there are low
+  bits, of that column's codes. 0: nothing;
 * ``counts`` (M, S, 3) int32: neurons of each token that were looked at twice, are on, are exact.
 """
 # mypy: ignore-errors
@@ -52,7 +55,7 @@ def sketched_kernel(
     gate_words, gate_more, gate_rest, gate_scales, gate_units,
     up_words, up_more, up_rest, up_scales, up_units,
     looked, norms,
-    lists, values, lengths, counts,
+    lists, values, given, counts,
     reach, M, D, F, W, tiles,
     COARSE: tl.constexpr, READ: tl.constexpr, PLANES: tl.constexpr,
     BITS: tl.constexpr, MORE: tl.constexpr, REST: tl.constexpr,
@@ -88,7 +91,8 @@ def sketched_kernel(
     closer_count = tl.zeros([TOKENS], tl.int32)
     listed = 0
     for begin in range(0, TILE, ROWS):
-        neuron = tile + tiles * (begin + tl.arange(0, ROWS)).to(tl.int64)
+        inner = begin + tl.arange(0, ROWS)
+        neuron = tile + tiles * inner.to(tl.int64)
         there = neuron < F
         if gate is not None:
             base, middle = first_dots(
@@ -113,7 +117,11 @@ def sketched_kernel(
         closer_count += tl.sum(closer.to(tl.int32), 1)
         some = tl.max(closer.to(tl.int32), 0) > 0
         position, listed = append(some, listed)
-        tl.store(lists + cell + position, neuron.to(tl.int32), mask=some)
+        tl.store(lists + cell + position, inner, mask=some)
+        own = given + home[:, None] + inner[None, :]
+        tl.store(own, tl.zeros([TOKENS, ROWS], tl.float32), mask=token_ok[:, None] & (inner < TILE)[None, :])
+        if exact_level is not None:
+            tl.store(own + slot, tl.zeros([TOKENS, ROWS], tl.float32), mask=token_ok[:, None] & (inner < TILE)[None, :])
         place = values + home[:, None] + position[None, :]
         keep = some[None, :] & token_ok[:, None]
         tl.store(place, base, mask=keep)  # slots 0, 1 and 2
@@ -129,7 +137,8 @@ def sketched_kernel(
     for begin in range(0, listed, ROWS):
         position = begin + tl.arange(0, ROWS)
         there = position < listed
-        neuron = tl.load(lists + cell + position, mask=there, other=0).to(tl.int64)
+        inner = tl.load(lists + cell + position, mask=there, other=0)
+        neuron = tile + tiles * inner.to(tl.int64)
         place = values + home[:, None] + position[None, :]
         keep = there[None, :] & token_ok[:, None]
         base = tl.load(place, mask=keep, other=0.0)
@@ -157,14 +166,14 @@ def sketched_kernel(
                 up_more, up_scales, up_units, neuron, there, xt, token, token_ok, W,
                 1 << (PLANES - READ), MORE, LANES, TOKENS, ROWS,
             )  # fmt: skip
-        given = up_dot + middle * HALF
+        result = up_dot + middle * HALF
         if up_bias is not None:
-            given += tl.load(up_bias + neuron, mask=there, other=0.0).to(tl.float32)[None, :]
+            result += tl.load(up_bias + neuron, mask=there, other=0.0).to(tl.float32)[None, :]
         if gate is not None:
-            given *= activate(gated, ACTIVATION)
+            result *= activate(gated, ACTIVATION)
         else:
-            given = activate(given, ACTIVATION)
-        second = tl.abs(given) * tl.load(norms + neuron, mask=there, other=0.0)[None, :]
+            result = activate(result, ACTIVATION)
+        second = tl.abs(result) * tl.load(norms + neuron, mask=there, other=0.0)[None, :]
         second = tl.maximum(second, 1e-30, tl.PropagateNan.ALL)
         on = (first > limit[:, None]) & (second > limit[:, None]) & keep
         on_count += tl.sum(on.to(tl.int32), 1)
@@ -175,22 +184,19 @@ def sketched_kernel(
             low = (on.to(tl.int32) - exact.to(tl.int32)) > 0
             some = tl.max(low.to(tl.int32), 0) > 0
             position, low_listed = append(some, low_listed)
-            tl.store(lists + 2 * cells + cell + position, neuron.to(tl.int32), mask=some)
+            tl.store(lists + 2 * cells + cell + position, inner, mask=some)
             place = values + home[:, None] + position[None, :]
             keep = some[None, :] & token_ok[:, None]
-            tl.store(place + 5 * slot, low.to(tl.float32), mask=keep)
+            tl.store(place + 4 * slot, low.to(tl.float32), mask=keep)
             if gate is not None:
-                tl.store(place + 6 * slot, gate_dot, mask=keep)
-            tl.store(place + 7 * slot, up_dot, mask=keep)
+                tl.store(place + 5 * slot, gate_dot, mask=keep)
+            tl.store(place + 6 * slot, up_dot, mask=keep)
         exact_count += tl.sum(exact.to(tl.int32), 1)
         some = tl.max(exact.to(tl.int32), 0) > 0
         position, exact_listed = append(some, exact_listed)
-        tl.store(lists + cells + cell + position, neuron.to(tl.int32), mask=some)
+        tl.store(lists + cells + cell + position, inner, mask=some)
         place = values + home[:, None] + position[None, :]
         tl.store(place + 3 * slot, exact.to(tl.float32), mask=some[None, :] & token_ok[:, None])
-    groups = tl.num_programs(1)
-    tl.store(lengths + group * tiles + tile, exact_listed)
-    tl.store(lengths + (groups + group) * tiles + tile, low_listed)
     count_place = counts + (token * tiles + tile) * 3
     tl.store(count_place, closer_count, mask=token_ok)
     tl.store(count_place + 1, on_count, mask=token_ok)
@@ -199,12 +205,12 @@ def sketched_kernel(
 
     exact_values(
         x, gate, up, gate_bias, up_bias, weight_stride, mean, mean_stride,
-        lists + cells + cell, exact_listed, values + 3 * slot, values + 4 * slot, home, token, token_ok, D,
+        lists + cells + cell, exact_listed, values + 3 * slot, given, home, token, token_ok, tile, tiles, D,
         ACTIVATION, TOKENS, EXACT_ROWS, COLUMNS, EVEN,
     )  # fmt: skip
     if exact_level is not None:
         low_values(
             xt, gate is not None, gate_bias, up_bias, gate_rest, gate_scales, gate_units, up_rest, up_scales, up_units,
-            mean, mean_stride, lists + 2 * cells + cell, low_listed, values + 5 * slot, slot, home, token, token_ok, W,
-            REST, ACTIVATION, TOKENS, ROWS, LANES,
+            mean, mean_stride, lists + 2 * cells + cell, low_listed, values + 4 * slot, slot, given, given + slot,
+            home, token, token_ok, tile, tiles, W, REST, ACTIVATION, TOKENS, ROWS, LANES,
         )  # fmt: skip

@@ -37,9 +37,11 @@ def append(taken, count):
 
 @triton.jit
 def lane_dots(words, rows, rows_ok, xt, token, token_ok, lane, lane_ok, W, BITS: tl.constexpr):
-    """Dot products of the fields of each lane with inputs, (T, R, L) float32, and the sums of these inputs, (T, L).
+    """Dot products of the fields of each lane with inputs, (T, R, L) float32, and the sums of these inputs,
+    (T, 1, L).
 
-    T tokens, R rows, L lanes.
+    T tokens, R rows, L lanes. Loads have three dimensions, of which one or two are 1, so that all of them, and the
+    products, lie alike in the threads of the one warp that a program is.
 
     A field is put into the mantissa of a number from 1 to 2, which takes a shift, one logical operation and no
     conversion; the product is then too large by the sum of the inputs, which is taken off in the end.
@@ -58,13 +60,13 @@ def lane_dots(words, rows, rows_ok, xt, token, token_ok, lane, lane_ok, W, BITS:
     """
     COUNT: tl.constexpr = 32 // BITS
     total = tl.zeros([token.shape[0], rows.shape[0], lane.shape[0]], tl.float32)
-    plain = tl.zeros([token.shape[0], lane.shape[0]], tl.float32)
+    plain = tl.zeros([token.shape[0], 1, lane.shape[0]], tl.float32)
+    row_place = words + rows[None, :, None] * (BITS * W)
+    row_mask = rows_ok[None, :, None] & lane_ok[None, None, :]
+    token_place = xt + token[:, None, None] * (32 * W)
+    token_mask = token_ok[:, None, None] & lane_ok[None, None, :]
     for j in tl.static_range(BITS):
-        word = tl.load(
-            words + rows[:, None] * (BITS * W) + (j * W + lane)[None, :],
-            mask=rows_ok[:, None] & lane_ok[None, :],
-            other=0,
-        )
+        word = tl.load(row_place + (j * W + lane)[None, None, :], mask=row_mask, other=0)
         for i in tl.static_range(COUNT):
             if BITS * i >= 23 - BITS:
                 field = word >> (BITS * i - 23 + BITS)
@@ -72,26 +74,20 @@ def lane_dots(words, rows, rows_ok, xt, token, token_ok, lane, lane_ok, W, BITS:
                 field = word << (23 - BITS - BITS * i)
             field = (field & (((1 << BITS) - 1) << (23 - BITS))) | 0x3F800000
             value = field.to(tl.float32, bitcast=True)
-            x = tl.load(
-                xt + token[:, None] * (32 * W) + ((j * COUNT + i) * W + lane)[None, :],
-                mask=token_ok[:, None] & lane_ok[None, :],
-                other=0.0,
-            )
-            total += x[:, None, :] * value[None, :, :]
+            x = tl.load(token_place + ((j * COUNT + i) * W + lane)[None, None, :], mask=token_mask, other=0.0)
+            total += x * value
             plain += x
-    return (total - plain[:, None, :]) * (1 << BITS), plain
+    return (total - plain) * (1 << BITS), plain
 
 
 @triton.jit
 def lane_scales(scales, units, rows, rows_ok, lane, lane_ok, W):
-    """Scales and minimums of lanes, (R, L) float32 each."""
-    both = tl.load(
-        scales + rows[:, None] * W + lane[None, :], mask=rows_ok[:, None] & lane_ok[None, :], other=0
-    ).to(tl.int32)
-    scale_unit = tl.load(units + rows * 2, mask=rows_ok, other=0.0)
-    minimum_unit = tl.load(units + rows * 2 + 1, mask=rows_ok, other=0.0)
-    scale = (both & 255).to(tl.float32) * scale_unit[:, None]
-    return scale, ((both >> 8) & 255).to(tl.float32) * minimum_unit[:, None]
+    """Scales and minimums of lanes, (1, R, L) float32 each."""
+    mask = rows_ok[None, :, None] & lane_ok[None, None, :]
+    both = tl.load(scales + rows[None, :, None] * W + lane[None, None, :], mask=mask, other=0).to(tl.int32)
+    unit = units + rows[None, :, None] * 2
+    scale = (both & 255).to(tl.float32) * tl.load(unit, mask=rows_ok[None, :, None], other=0.0)
+    return scale, ((both >> 8) & 255).to(tl.float32) * tl.load(unit + 1, mask=rows_ok[None, :, None], other=0.0)
 
 
 @triton.jit
@@ -113,8 +109,8 @@ def first_dots(
         lane_ok = lane < W
         dots, plain = lane_dots(words, rows, rows_ok, xt, token, token_ok, lane, lane_ok, W, BITS)
         scale, minimum = lane_scales(scales, units, rows, rows_ok, lane, lane_ok, W)
-        base += dots * (scale * (1 << (PLANES - COARSE)))[None, :, :] - plain[:, None, :] * minimum[None, :, :]
-        middle += plain[:, None, :] * scale[None, :, :]
+        base += dots * (scale * (1 << (PLANES - COARSE))) - plain * minimum
+        middle += plain * scale
     return tl.sum(base, 2), tl.sum(middle, 2)
 
 
@@ -130,5 +126,5 @@ def more_dots(
         lane_ok = lane < W
         dots, _ = lane_dots(words, rows, rows_ok, xt, token, token_ok, lane, lane_ok, W, BITS)
         scale, _ = lane_scales(scales, units, rows, rows_ok, lane, lane_ok, W)
-        added += dots * (scale * STEP)[None, :, :]
+        added += dots * (scale * STEP)
     return tl.sum(added, 2)

@@ -1,8 +1,7 @@
 """Backend for sketch routers on a GPU, for up to 16 tokens: chooses neurons and computes them. Ships with every model.
 
-Five launches: inputs put into the order of the codes; both looks and the activations of what they choose
-(``triton_look``); down, once for exact and once for low-bit neurons (``triton_down``), a third time where neurons in
-low bits have a mean to take back; the sum. A neuron that no token of a group of four uses is not read. Nothing waits
+Four launches, five with low-bit values: inputs put into the order of the codes; both looks and the activations of what they choose
+(``triton_look``); down, once for exact and once for low-bit neurons (``triton_down``); the sum. A neuron that no token of a group of four uses is not read. Nothing waits
 for the device, and levels are read on it: a CUDA graph serves every dial. Its first call for a network packs the codes,
 and must come before a graph is recorded.
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dynaconv.kernels.sketched import Asked, Computed, SketchedBackend, SketchedFFN
-from dynaconv.kernels.triton_decode import Plan, down_and_sum, plan
+from dynaconv.kernels.triton_decode import COLUMNS, Plan, down_and_sum, plan
 from dynaconv.kernels.triton_pack import Packed, can_pack, lanes, pack, pack_rows
 from dynaconv.kernels.triton_support import (
     DECODE_TOKENS,
@@ -29,9 +28,6 @@ from dynaconv.kernels.triton_support import (
     inference_on_gpu,
     power_of_two,
 )
-
-SLOTS = 5
-"""Values of a neuron and token without low bits; twice as many with them. See ``triton_look``."""
 
 
 class _Ready(NamedTuple):
@@ -71,22 +67,16 @@ def run(ffn: SketchedFFN, x: Tensor, asked: Asked) -> Computed:
     ready, weights = prepared(ffn), ffn.weights
     sizes = plan(count, columns, neurons, lanes(columns))
     lists = torch.empty(3, sizes.groups, sizes.tiles, sizes.tile, dtype=torch.int32, device=device)
-    lengths = torch.empty(2, sizes.groups, sizes.tiles, dtype=torch.int32, device=device)
-    values = torch.empty(SLOTS * (2 if low else 1), count, sizes.tiles, sizes.tile, device=device)
+    values = torch.empty(7 if low else 4, count, sizes.tiles, sizes.tile, dtype=torch.float32, device=device)
+    given = torch.empty(2 if low else 1, count, sizes.tiles, sizes.tile, dtype=torch.float32, device=device)
     counts = torch.empty(count, sizes.tiles, 3, dtype=torch.int32, device=device)
-    _choose(ffn, ready, sizes, x, asked, (lists, values, lengths, counts))
-    pieces = [(lists[1], lengths[0], values[4])]
-    if low:
-        pieces.append((lists[2], lengths[1], values[8]))
-        if asked.mean is not None:
-            pieces.append((lists[2], lengths[1], values[9]))
+    _choose(ffn, ready, sizes, x, asked, (lists, values, given, counts))
     few = None
     if low and ready.down is not None and ffn.down is not None:
-        words, scales, units = ready.down.words[0], ready.down.scales, ready.down.units
+        words = ready.down.words[0]
         assert words is not None
-        few = (words, scales, units, power_of_two(ffn.down.bits), ffn.down.bits)
-    base = all_off(weights, asked.mean)
-    down_and_sum(sizes, down_rows(weights), pieces, output, base, few, counts, counted)
+        few = words, ready.down.scales, ready.down.units, power_of_two(ffn.down.bits)
+    down_and_sum(sizes, down_rows(weights), given, output, all_off(weights, asked.mean), few, counts, counted)
     return Computed(output, counted)
 
 
@@ -117,7 +107,7 @@ def _choose(
     asked: Asked,
     buffers: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
-    """Fills lists, values, lengths and counts; ``triton_look`` says with what."""
+    """Fills lists, values, what neurons give, and counts; ``triton_look`` says with what."""
     from dynaconv.kernels.triton_look import prepare_kernel, sketched_kernel
 
     (count, columns), weights, width = x.shape, ffn.weights, lanes(x.shape[1])
@@ -135,8 +125,8 @@ def _choose(
         ffn.looked, ffn.norms, *buffers, math.exp(ffn.reach), count, columns, len(ffn.norms), width, sizes.tiles,
         COARSE=ffn.coarse, READ=ffn.bits, PLANES=ffn.up.bits, BITS=bits[0], MORE=bits[1], REST=bits[2],
         ACTIVATION=activation_code(ffn.activation), TOKENS=sizes.tokens, TILE=sizes.tile, ROWS=sizes.code_rows,
-        LANES=sizes.lanes, EXACT_ROWS=sizes.exact_rows, COLUMNS=sizes.columns, EVEN=columns % sizes.columns == 0,
-        num_warps=4,
+        LANES=sizes.lanes, EXACT_ROWS=sizes.exact_rows, COLUMNS=COLUMNS, EVEN=sizes.even,
+        num_warps=1,
     )  # fmt: skip
 
 

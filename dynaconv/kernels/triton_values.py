@@ -1,7 +1,4 @@
-"""What listed neurons give, and the sum of what they add to the output: the half of the Triton kernels that reads rows.
-
-Sums over neurons run in the order of lists, one neuron after the other, so that what a token does not use changes no
-bit of its result. Tiles are dealt to a fixed number of splits, whose sums are added in order. Nothing is atomic.
+"""Activations of listed neurons in Triton, and the kernel for choices that are given.
 
 Imported when the first kernel runs. Ships with every exported model. ``triton_look`` says what the buffers are.
 """
@@ -28,35 +25,33 @@ def load_mean(mean, stride, neuron, there, token, token_ok):
 @triton.jit
 def exact_values(
     x, gate, up, gate_bias, up_bias, weight_stride, mean, mean_stride,
-    listed, length, flags, found, home, token, token_ok, D,
+    listed, length, flags, given_exact, home, token, token_ok, tile, tiles, D,
     ACTIVATION: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Activations of the ``length`` neurons ``listed``, less their mean; 0 for tokens without a flag.
+    """Activations of the ``length`` neurons of a tile that are ``listed``, less their mean.
 
-    Flags are read, and values are written (``found``), at the positions of the list behind ``home`` of each token.
+    Flags of tokens are read at the positions of the list behind ``home`` of each token; for flagged tokens, values are
+    written to the neuron's own place in the tile (``given_exact``).
     """
     for begin in range(0, length, ROWS):
         position = begin + tl.arange(0, ROWS)
         there = position < length
-        neuron = tl.load(listed + position, mask=there, other=0).to(tl.int64)
-        rows = neuron[:, None] * weight_stride
+        inner = tl.load(listed + position, mask=there, other=0)
+        neuron = tile + tiles * inner.to(tl.int64)
+        rows = neuron[None, :, None] * weight_stride
         up_sum = tl.zeros([TOKENS, ROWS, COLUMNS], tl.float32)
         gate_sum = tl.zeros([TOKENS, ROWS, COLUMNS], tl.float32)
-        for start in range(0, D, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
-            if EVEN:
-                row_mask = there[:, None]
-                token_mask = token_ok[:, None]
-            else:
-                row_mask = there[:, None] & (column < D)[None, :]
-                token_mask = token_ok[:, None] & (column < D)[None, :]
-            weight = tl.load(up + rows + column[None, :], mask=row_mask, other=0.0).to(tl.float32)
+        for start in tl.range(0, D, COLUMNS, loop_unroll_factor=2):
+            column = start + tl.arange(0, COLUMNS)[None, None, :]
+            row_mask = there[None, :, None]
+            token_mask = token_ok[:, None, None]
+            if not EVEN:
+                row_mask = row_mask & (column < D)
+                token_mask = token_mask & (column < D)
+            part = tl.load(x + token[:, None, None] * D + column, mask=token_mask, other=0.0).to(tl.float32)
+            up_sum += part * tl.load(up + rows + column, mask=row_mask, other=0.0).to(tl.float32)
             if gate is not None:
-                other = tl.load(gate + rows + column[None, :], mask=row_mask, other=0.0).to(tl.float32)
-            part = tl.load(x + token[:, None] * D + column[None, :], mask=token_mask, other=0.0).to(tl.float32)
-            up_sum += part[:, None, :] * weight[None, :, :]
-            if gate is not None:
-                gate_sum += part[:, None, :] * other[None, :, :]
+                gate_sum += part * tl.load(gate + rows + column, mask=row_mask, other=0.0).to(tl.float32)
         given = tl.sum(up_sum, 2)
         if up_bias is not None:
             given += tl.load(up_bias + neuron, mask=there, other=0.0).to(tl.float32)[None, :]
@@ -69,28 +64,28 @@ def exact_values(
             given = activate(given, ACTIVATION)
         if mean is not None:
             given -= load_mean(mean, mean_stride, neuron, there, token, token_ok)
-        place = home[:, None] + position[None, :]
         keep = there[None, :] & token_ok[:, None]
-        flag = tl.load(flags + place, mask=keep, other=0.0)
-        tl.store(found + place, tl.where(flag > 0, given, 0.0), mask=keep)
+        flag = tl.load(flags + home[:, None] + position[None, :], mask=keep, other=0.0)
+        tl.store(given_exact + home[:, None] + inner[None, :], given, mask=keep & (flag > 0))
 
 
 @triton.jit
 def low_values(
     xt, GATED: tl.constexpr, gate_bias, up_bias, gate_words, gate_scales, gate_units, up_words, up_scales, up_units,
-    mean, mean_stride, listed, length, values, slot, home, token, token_ok, W,
+    mean, mean_stride, listed, length, flags, slot, given_exact, given_low, home, token, token_ok, tile, tiles, W,
     BITS: tl.constexpr, ACTIVATION: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Activations of the ``length`` neurons ``listed`` by their codes, of which further planes are read.
 
-    ``values`` has four slots: flags, the products with gate and up so far, and the means, negative. Activations take
-    the place of the products with up, and the means' slot is written where there are means.
+    Behind ``flags``, one and two slots on, are the products with gate and up so far. Activations are written to
+    ``given_low``; the means, which neurons that are on do not give, are taken off exact columns (``given_exact``).
     """
     for begin in range(0, length, ROWS):
         position = begin + tl.arange(0, ROWS)
         there = position < length
-        neuron = tl.load(listed + position, mask=there, other=0).to(tl.int64)
-        place = values + home[:, None] + position[None, :]
+        inner = tl.load(listed + position, mask=there, other=0)
+        neuron = tile + tiles * inner.to(tl.int64)
+        place = flags + home[:, None] + position[None, :]
         keep = there[None, :] & token_ok[:, None]
         given = tl.load(place + 2 * slot, mask=keep, other=0.0)
         if BITS > 0:
@@ -111,25 +106,26 @@ def low_values(
             given *= activate(gated, ACTIVATION)
         else:
             given = activate(given, ACTIVATION)
-        used = tl.load(place, mask=keep, other=0.0) > 0
-        tl.store(place + 3 * slot, tl.where(used, given, 0.0), mask=keep)
+        used = keep & (tl.load(place, mask=keep, other=0.0) > 0)
+        own = home[:, None] + inner[None, :]
+        tl.store(given_low + own, given, mask=used)
         if mean is not None:
-            given = -load_mean(mean, mean_stride, neuron, there, token, token_ok)
-            tl.store(place + 4 * slot, tl.where(used, given, 0.0), mask=keep)
+            given = load_mean(mean, mean_stride, neuron, there, token, token_ok)
+            tl.store(given_exact + own, -given, mask=used)
 
 
 @triton.jit
 def chosen_kernel(
     x, on, on_stride, block_of, stops, gate, up, gate_bias, up_bias, weight_stride, mean, mean_stride,
-    lists, values, lengths, M, D, F, tiles,
+    lists, flags, given_exact, M, D, F, tiles,
     ACTIVATION: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
     """Lists the neurons of one tile that some of TOKENS tokens use, and computes them.
 
     Tokens use the blocks that are ``on`` (M, N) bool, neuron f being in block ``block_of[f]``, f where that is None;
-    or, where ``on`` is None, the first ``stops[m]`` neurons. ``lists`` (Q, S, B), ``values`` (2, M, S, B) and
-    ``lengths`` (Q, S) are as in ``triton_look``, with flags and values.
+    or, where ``on`` is None, the first ``stops[m]`` neurons. ``lists`` (Q, S, B), ``flags`` and ``given_exact``
+    (M, S, B) are as in ``triton_look``.
     """
     tile = tl.program_id(0)
     group = tl.program_id(1)
@@ -137,8 +133,8 @@ def chosen_kernel(
     token_ok = token < M
     cell = (group * tiles + tile) * TILE
     home = (token * tiles + tile) * TILE
-    slot = M * tiles * TILE  # values of one slot
-    neuron = tile + tiles * tl.arange(0, TILE)
+    inner = tl.arange(0, TILE)
+    neuron = tile + tiles * inner
     there = neuron < F
     keep = there[None, :] & token_ok[:, None]
     if on is None:
@@ -151,13 +147,13 @@ def chosen_kernel(
         used = tl.load(on + token[:, None] * on_stride + block[None, :], mask=keep, other=0) != 0
     some = tl.max(used.to(tl.int32), 0) > 0
     position, length = append(some, 0)
-    tl.store(lists + cell + position, neuron, mask=some)
-    place = home[:, None] + position[None, :]
-    tl.store(values + place, used.to(tl.float32), mask=some[None, :] & token_ok[:, None])
-    tl.store(lengths + group * tiles + tile, length)
-    tl.debug_barrier()
+    tl.store(lists + cell + position, inner, mask=some)
+    tl.store(flags + home[:, None] + position[None, :], used.to(tl.float32), mask=some[None, :] & token_ok[:, None])
+    nothing = tl.zeros([TOKENS, TILE], tl.float32)
+    tl.store(given_exact + home[:, None] + inner[None, :], nothing, mask=token_ok[:, None] & (inner < TILE)[None, :])
+    tl.debug_barrier()  # what other threads of this program wrote is read from here on
     exact_values(
         x, gate, up, gate_bias, up_bias, weight_stride, mean, mean_stride,
-        lists + cell, length, values, values + slot, home, token, token_ok, D,
+        lists + cell, length, flags, given_exact, home, token, token_ok, tile, tiles, D,
         ACTIVATION, TOKENS, ROWS, COLUMNS, EVEN,
     )  # fmt: skip
