@@ -22,6 +22,10 @@ COLUMNS = 256
 """Columns that a program reads of a row at once: 16 bytes of bf16 a thread."""
 
 
+CODE_ROWS = 2
+"""Rows of codes that a program reads at once. With another number, sums within a row would run in another order."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """Sizes of one call.
@@ -64,8 +68,8 @@ def plan(count: int, columns: int, neurons: int, lanes: int) -> Plan:
         tiles=tiles,
         splits=-(-tiles * tile // split),
         split=split,
-        exact_rows=max(2, 4 // tokens),
-        code_rows=min(tile, max(2, 8 // tokens)),
+        exact_rows=1 if tokens == TOKENS else 2,
+        code_rows=CODE_ROWS,
         lanes=min(128, power_of_two(lanes)),
         even=columns % COLUMNS == 0,
     )

@@ -65,13 +65,13 @@ def lane_dots(words, rows, rows_ok, xt, token, token_ok, lane, lane_ok, W, BITS:
     row_mask = rows_ok[None, :, None] & lane_ok[None, None, :]
     token_place = xt + token[:, None, None] * (32 * W)
     token_mask = token_ok[:, None, None] & lane_ok[None, None, :]
+    read = ()
+    for j in tl.static_range(BITS):  # all loads are under way before the first word is needed
+        read = read + (tl.load(row_place + (j * W + lane)[None, None, :], mask=row_mask, other=0),)
     for j in tl.static_range(BITS):
-        word = tl.load(row_place + (j * W + lane)[None, None, :], mask=row_mask, other=0)
-        for i in tl.static_range(COUNT):
-            if BITS * i >= 23 - BITS:
-                field = word >> (BITS * i - 23 + BITS)
-            else:
-                field = word << (23 - BITS - BITS * i)
+        word = read[j]
+        for i in tl.range(0, COUNT, loop_unroll_factor=4):  # unrolled altogether, it takes minutes to compile
+            field = (word >> (i * BITS)) << (23 - BITS)
             field = (field & (((1 << BITS) - 1) << (23 - BITS))) | 0x3F800000
             value = field.to(tl.float32, bitcast=True)
             x = tl.load(token_place + ((j * COUNT + i) * W + lane)[None, None, :], mask=token_mask, other=0.0)
@@ -102,16 +102,16 @@ def first_dots(
         What these planes give where all others are 0, and what is to be added for each half of a step of the last
         plane that the others may hold.
     """
-    base = tl.zeros([TOKENS, ROWS, LANES], tl.float32)
-    middle = tl.zeros([TOKENS, ROWS, LANES], tl.float32)
+    base = tl.zeros([TOKENS, ROWS], tl.float32)
+    middle = tl.zeros([TOKENS, ROWS], tl.float32)
     for begin in range(0, W, LANES):
         lane = begin + tl.arange(0, LANES)
         lane_ok = lane < W
         dots, plain = lane_dots(words, rows, rows_ok, xt, token, token_ok, lane, lane_ok, W, BITS)
         scale, minimum = lane_scales(scales, units, rows, rows_ok, lane, lane_ok, W)
-        base += dots * (scale * (1 << (PLANES - COARSE))) - plain * minimum
-        middle += plain * scale
-    return tl.sum(base, 2), tl.sum(middle, 2)
+        base += tl.sum(dots * (scale * (1 << (PLANES - COARSE))) - plain * minimum, 2)
+        middle += tl.sum(plain * scale, 2)
+    return base, middle
 
 
 @triton.jit
@@ -120,11 +120,11 @@ def more_dots(
     STEP: tl.constexpr, BITS: tl.constexpr, LANES: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """What further planes, of which the last counts STEP, add to products of rows with inputs, (TOKENS, ROWS)."""
-    added = tl.zeros([TOKENS, ROWS, LANES], tl.float32)
+    added = tl.zeros([TOKENS, ROWS], tl.float32)
     for begin in range(0, W, LANES):
         lane = begin + tl.arange(0, LANES)
         lane_ok = lane < W
         dots, _ = lane_dots(words, rows, rows_ok, xt, token, token_ok, lane, lane_ok, W, BITS)
         scale, _ = lane_scales(scales, units, rows, rows_ok, lane, lane_ok, W)
-        added += dots * (scale * STEP)
-    return tl.sum(added, 2)
+        added += tl.sum(dots * (scale * STEP), 2)
+    return added

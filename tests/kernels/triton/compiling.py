@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,7 @@ def main() -> None:
                 for name, kernel, values, named in launches(shape, getattr(torch, asked.dtype), count, low=low):
                     case = f"{name} {shape} {count}{' low' if low else ''}"
                     if case not in found:
+                        print(case, file=sys.stderr)
                         found[case] = described(compiled(kernel, values, named, asked.capability), asked.capability)
     print(json.dumps(found, indent=1))
 
