@@ -30,6 +30,10 @@ from dynaconv.kernels.triton_support import (
 )
 
 
+MAX_REGISTERS = {1: 192, 2: 255, 4: 255}
+"""Of a thread, by tokens of a program. Left to itself, the assembler aims at 128 for one token, and spills."""
+
+
 class _Ready(NamedTuple):
     gate: Packed | None
     up: Packed
@@ -126,7 +130,7 @@ def _choose(
         COARSE=ffn.coarse, READ=ffn.bits, PLANES=ffn.up.bits, BITS=bits[0], MORE=bits[1], REST=bits[2],
         ACTIVATION=activation_code(ffn.activation), TOKENS=sizes.tokens, TILE=sizes.tile, ROWS=sizes.code_rows,
         LANES=sizes.lanes, EXACT_ROWS=sizes.exact_rows, COLUMNS=COLUMNS, EVEN=sizes.even,
-        num_warps=1,
+        num_warps=1, maxnreg=MAX_REGISTERS[sizes.tokens],
     )  # fmt: skip
 
 

@@ -106,15 +106,16 @@ def down_kernel(
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     row_at = tl.where(row_ok, row, 0).to(tl.int64)[:, None] * F  # in range: rows beyond are not stored
     column_at = tl.where(inside, column, 0).to(tl.int64)[None, :] * column_stride
-    # Neurons from the widest on, up to a multiple of NEURONS, were written as zeros; beyond, nothing was.
+    # Up to the next multiple of NEURONS, which DEPTH divides, neurons beyond the widest were written, as zeros. So
+    # no mask depends on the widest, which would keep loads from being issued ahead.
     for start in range(0, widest, DEPTH):
         neuron = start + tl.arange(0, DEPTH)
-        used = (neuron < widest)[None, :]
-        part = tl.load(hidden + row_at + neuron[None, :], mask=used, other=0.0)
         weight_at = down + column_at + neuron.to(tl.int64)[:, None] * neuron_stride
         if EVEN:
+            part = tl.load(hidden + row_at + neuron[None, :])
             weight = tl.load(weight_at)
         else:
+            part = tl.load(hidden + row_at + neuron[None, :], mask=(neuron < F)[None, :], other=0.0)
             weight = tl.load(weight_at, mask=(neuron < F)[:, None], other=0.0)
         total = add_product(part, weight, total, UPCAST)
     if all_off is not None:

@@ -11,7 +11,6 @@ import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from dynaconv.kernels import triton_down, triton_look, triton_values
+from dynaconv.kernels import triton_down, triton_look, triton_staircase, triton_values
+from dynaconv.kernels.blocks import BlockedFFN
+from dynaconv.kernels.choice import Prefix
 from dynaconv.kernels.codes import Codes
+from dynaconv.kernels.partition import Partition
 from dynaconv.kernels.sketched import Asked, SketchedFFN
+from dynaconv.kernels.triton_blocks import run as run_blocks
 from dynaconv.kernels.triton_sketched import run
 from dynaconv.kernels.weights import FFNWeights
 
@@ -33,7 +36,7 @@ TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int16: "*i16",
     torch.int64: "*i64", torch.bool: "*u1", torch.uint8: "*u8",
 }  # fmt: skip
-LAUNCH = ("num_warps", "num_stages")
+LAUNCH = ("num_warps", "num_stages", "maxnreg")
 
 
 class Recorded:
@@ -66,7 +69,7 @@ def compiled(kernel: JITFunction, values: tuple[Any, ...], named: dict[str, Any]
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def described(made: Any, capability: int) -> dict[str, Any]:
+def described(made: Any) -> dict[str, Any]:
     """Registers, spilled bytes, wide loads, and the layouts in which sums are taken."""
     ptx = made.asm["ptx"]
     arch = re.search(r"\.target (\S+)", ptx)
@@ -113,9 +116,13 @@ def meta_sketch(columns: int, neurons: int, dtype: torch.dtype, *, gated: bool, 
     return SketchedFFN(weights, gate_codes, *codes, sizes, sizes, 0.5, 2, 3, "silu")
 
 
-def record(modules: tuple[Any, ...], launch: Any) -> list[tuple[str, JITFunction, tuple[Any, ...], dict[str, Any]]]:
+MODULES = (triton_look, triton_values, triton_down, triton_staircase)
+Launch = tuple[str, JITFunction, tuple[Any, ...], dict[str, Any]]
+
+
+def record(launch: Any) -> list[Launch]:
     """Name, kernel and arguments of everything that ``launch()`` launches."""
-    kernels = {(m, n): k for m in modules for n, k in vars(m).items() if n.endswith("_kernel")}
+    kernels = {(m, n): k for m in MODULES for n, k in vars(m).items() if n.endswith("_kernel")}
     recorded = {place: Recorded(kernel) for place, kernel in kernels.items()}
     try:
         for (module, name), stand_in in recorded.items():
@@ -124,18 +131,24 @@ def record(modules: tuple[Any, ...], launch: Any) -> list[tuple[str, JITFunction
     finally:
         for (module, name), kernel in kernels.items():
             setattr(module, name, kernel)
-    return [(name, one.kernel, *launch) for (_, name), one in recorded.items() for launch in one.launches]
+    names = {place: f"{place[0].__name__.rpartition('_')[2]}.{place[1]}" for place in kernels}
+    return [(names[place], one.kernel, *launch) for place, one in recorded.items() for launch in one.launches]
 
 
-def launches(shape: str, dtype: torch.dtype, count: int, *, low: bool) -> Any:
-    """What a call for ``count`` tokens launches; the odd shape has no gate, but biases."""
+def launches(shape: str, dtype: torch.dtype, count: int) -> dict[str, list[Launch]]:
+    """By case, what calls for ``count`` tokens launch; the odd shape has no gate, but biases."""
     columns, neurons = SHAPES[shape]
     odd = shape == "odd"
     ffn = meta_sketch(columns, neurons, dtype, gated=not odd, biased=odd)
     level, mean = torch.empty(count, device="meta"), torch.empty(neurons, dtype=dtype, device="meta")
-    asked = Asked(level, level if low else None, mean if low else None)
     x = torch.empty(count, columns, dtype=dtype, device="meta")
-    return record((triton_look, triton_values, triton_down), lambda: run(ffn, x, asked))
+    blocks = BlockedFFN(ffn.weights, Partition.equal(neurons, neurons // 8))
+    first = Prefix(torch.empty(count, dtype=torch.int64, device="meta"))
+    found = {"nested": record(lambda: run_blocks(blocks, x, first))}
+    if count <= 16:
+        found["exact"] = record(lambda: run(ffn, x, Asked(level)))
+        found["low"] = record(lambda: run(ffn, x, Asked(level, level, mean)))
+    return found
 
 
 def main() -> None:
@@ -144,17 +157,15 @@ def main() -> None:
     parser.add_argument("--capability", type=int, default=90)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--shapes", nargs="+", default=["8b"], choices=SHAPES)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 2048])
     asked = parser.parse_args()
     found = {}
     for shape in asked.shapes:
         for count in asked.tokens:
-            for low in (False, True):
-                for name, kernel, values, named in launches(shape, getattr(torch, asked.dtype), count, low=low):
-                    case = f"{name} {shape} {count}{' low' if low else ''}"
-                    if case not in found:
-                        print(case, file=sys.stderr)
-                        found[case] = described(compiled(kernel, values, named, asked.capability), asked.capability)
+            for case, launched in launches(shape, getattr(torch, asked.dtype), count).items():
+                for name, kernel, values, named in launched:
+                    made = compiled(kernel, values, named, asked.capability)
+                    found[f"{name} {shape} {count} {case}"] = described(made)
     print(json.dumps(found, indent=1))
 
 

@@ -77,7 +77,7 @@ def _gap(row: Tensor, both: Tensor, share: float) -> Tensor:
     if share <= 0:
         return both.max() + 1
     wanted, ordered = row.quantile(1 - share), both.sort().values
-    near = (ordered - wanted).abs().argsort()[:12].sort().values
+    near = (ordered - wanted).abs().argsort()[:5].sort().values
     candidates = ordered[near[0] : near[-1] + 1]
     widest = candidates.diff().argmax()
     assert candidates.diff()[widest] > 1e-4, "scores lie too close for float32 to tell them apart"

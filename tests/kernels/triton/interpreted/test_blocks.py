@@ -84,13 +84,13 @@ def test_no_token_and_no_block(networks: Any) -> None:
 @pytest.mark.parametrize("kind", [Prefix, Subset])
 def test_rows_do_not_see_their_batch(networks: Any, kind: type[Choice]) -> None:
     """The same bits alone and in batches of other sizes; tokens of a batch use none, some and all blocks."""
-    partition = partitions(77)["neurons one by one"]
-    ffn = BlockedFFN(networks.weights(63, 77, torch.nn.functional.silu), partition)
-    x, on = networks.tokens(6, 63), random_choice(Subset, 6, 77).on
+    partition = partitions(33)["neurons one by one"]
+    ffn = BlockedFFN(networks.weights(63, 33, torch.nn.functional.silu), partition)
+    x, on = networks.tokens(6, 63), random_choice(Subset, 6, 33).on
     on[0], on[5] = False, True
     chosen = on.sum(1) if kind is Prefix else on
     together = agree(ffn, x, kind(chosen))
-    for first, stop in ((1, 2), (4, 6), (0, 5)):
+    for first, stop in ((1, 2), (4, 6)):
         assert torch.equal(TRITON.run(ffn, x[first:stop], kind(chosen[first:stop])), together[first:stop])
 
 

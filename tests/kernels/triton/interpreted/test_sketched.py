@@ -26,25 +26,25 @@ def agree(sketch: Any, x: torch.Tensor, asked: Asked) -> None:
     assert error <= DTYPES[x.dtype]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_none_some_and_all_neurons(networks: Any, share: float) -> None:
-    sketch = networks.sketch(63, 77)
-    x = networks.tokens(3, 63)
+@pytest.mark.parametrize(("share", "count", "neurons"), [(0.0, 3, 21), (0.3, 1, 77), (1.0, 2, 9)])
+def test_none_some_and_all_neurons(networks: Any, share: float, count: int, neurons: int) -> None:
+    sketch = networks.sketch(63, neurons)
+    x = networks.tokens(count, 63)
     asked = sketch.level(x, share)
     agree(sketch, x, asked)
-    assert sketch.expected(x, asked).counts[:, 1].float().mean() / 77 == pytest.approx(share, abs=0.1)
+    assert sketch.expected(x, asked).counts[:, 1].float().mean() / neurons == pytest.approx(share, abs=0.1)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
 @pytest.mark.parametrize("gated", [True, False])
 def test_activations_biases_low_bits_and_means(networks: Any, activation: str, gated: bool) -> None:
-    sketch = networks.sketch(47, 18, activation, gated=gated, biased=activation != "silu")
+    sketch = networks.sketch(47, 20, activation, gated=gated, biased=activation != "silu")
     x = networks.tokens(2, 47)
-    asked = sketch.level(x, 0.3, 0.15)
+    asked = sketch.level(x, 0.4, 0.15)
     counts = sketch.expected(x, asked).counts
     assert (counts[:, 1] > counts[:, 2]).all() and (counts[:, 2] > 0).all(), "some neurons are exact, and some not"
     agree(sketch, x, asked)
-    agree(sketch, x, replace(asked, mean=networks.tokens(1, 18, seed=9)[0] / 10))
+    agree(sketch, x, replace(asked, mean=networks.tokens(1, 20, seed=9)[0] / 10))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -70,13 +70,13 @@ def test_columns_of_several_steps(networks: Any) -> None:
 
 def test_tokens_have_levels_of_their_own_and_do_not_see_their_batch(networks: Any) -> None:
     """Dials of 0 to 1 in a batch; every row has the same bits alone, and in batches of other sizes."""
-    sketch = networks.sketch(63, 21)
+    sketch = networks.sketch(63, 13)
     x = networks.tokens(6, 63)
     rows = [sketch.level(x[m : m + 1], share, 0.2 * share) for m, share in enumerate((0.0, 0.2, 0.4, 0.6, 0.8, 1.0))]
     asked = Asked(torch.cat([row.level for row in rows]), torch.cat([row.exact_level for row in rows]))
     agree(sketch, x, asked)
     together = run(sketch.ffn, x, asked)
-    for first, stop in ((1, 2), (3, 5), (2, 6)):
+    for first, stop in ((1, 2), (2, 5)):
         own = Asked(asked.level[first:stop], asked.exact_level[first:stop])
         part = run(sketch.ffn, x[first:stop], own)
         assert torch.equal(part.output, together.output[first:stop])
