@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
@@ -69,14 +70,14 @@ def compiled(kernel: JITFunction, values: tuple[Any, ...], named: dict[str, Any]
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def described(made: Any) -> dict[str, Any]:
+def described(made: Any, capability: int) -> dict[str, Any]:
     """Registers, spilled bytes, wide loads, and the layouts in which sums are taken."""
     ptx = made.asm["ptx"]
     arch = re.search(r"\.target (\S+)", ptx)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        ptxas = triton.knobs.nvidia.ptxas.path
+        ptxas = get_ptxas(capability).path
         command = [ptxas, "-v", f"--gpu-name={arch[1].rstrip(',')}", str(path), "-o", str(path) + ".cubin"]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", made.asm["ttgir"], re.MULTILINE))
@@ -165,7 +166,7 @@ def main() -> None:
             for case, launched in launches(shape, getattr(torch, asked.dtype), count).items():
                 for name, kernel, values, named in launched:
                     made = compiled(kernel, values, named, asked.capability)
-                    found[f"{name} {shape} {count} {case}"] = described(made)
+                    found[f"{name} {shape} {count} {case}"] = described(made, asked.capability)
     print(json.dumps(found, indent=1))
 
 
