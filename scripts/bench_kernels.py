@@ -3,8 +3,8 @@
     python scripts/bench_kernels.py --out benchmarks/gpu.json
 
 First the ceilings of the machine, then every case in a CUDA graph over several layers with weights of their own, at
-least 0.5 GB of them; median, p10 and p90 of 50 replays. Results are checked in the same run, against float32. Tokens use
-random neurons, which is the worst case for several at once. Peers, under their names: three dense forms and
+least 0.5 GB of them; median, p10 and p90 of 50 replays. Results are checked in the same run, against float32. Tokens
+use random neurons, which is the worst case for several at once. Peers, under their names: three dense forms and
 ``torch.compile`` (the fastest is what ratios refer to); TEAL's scheme (arXiv 2408.14690: of each matrix, the columns of
 the largest inputs), on this project's kernels; a loop over widths. Cases run in order of importance for at most
 ``--minutes``; what was left out is said. ``--smoke`` runs tiny cases without a clock, in Triton's interpreter
@@ -116,7 +116,8 @@ def dense_cases(network: Network, count: int) -> Iterator[Case]:
 
 def exact(network: Network, x: Tensor, choice: Choice, partition: Partition) -> Callable[[], Tensor]:
     """The first layer's reference in float32."""
-    weights = FFNWeights(*(one.float() if isinstance(one, Tensor) else one for one in network.weights[0]))
+    parts = (one.float() if isinstance(one, Tensor) else one for one in network.weights[0])
+    weights = FFNWeights(*parts)  # type: ignore[arg-type]
     return lambda: blocked_ffn(BlockedFFN(weights, partition), x.float(), choice)
 
 
@@ -201,7 +202,7 @@ def nested_cases(network: Network, count: int, share: float) -> Iterator[Case]:
 
 def teal_cases(network: Network, share: float) -> Iterator[Case]:
     """TEAL's scheme for one token: each matrix reads the columns of its largest inputs only."""
-    x, (neurons, columns) = network.x[:1], network.weights[0].up.shape
+    x, neurons = network.x[:1], network.weights[0].up.shape[0]
     gates = [one.gate.t().contiguous() for one in network.weights if one.gate is not None]
     rows = [(gate, one.up.t().contiguous(), one.down.t()) for gate, one in zip(gates, network.weights, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Times chains of GPU calls for ``bench_kernels.py``: one CUDA graph over all layers, so that no cache holds a weight."""
+"""Times GPU calls for ``bench_kernels.py``: one CUDA graph over all layers, so that no cache holds a weight."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _quantiles(chain: Callable[[], Any], layers: int) -> dict[str, float]:
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """Bandwidth in GB/s: copying 1 GiB (bytes read and written), and reading it alone; and bf16 TFLOP/s of a product."""
+    """GB/s of copying 1 GiB (bytes read and written) and of reading it alone, and bf16 TFLOP/s of a product."""
     source = torch.ones(1 << 28, dtype=torch.float32, device=device)
     target, total = torch.empty_like(source), torch.empty((), device=device)
     size = source.numel() * source.element_size()

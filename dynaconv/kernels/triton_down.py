@@ -41,7 +41,8 @@ def down_kernel(
 ):  # fmt: skip
     """What the neurons of one split add to COLUMNS columns: ``partial`` (P, M, D) float32.
 
-    Args:
+    Of the arguments:
+
         rows: Down, (F, D), a neuron a row.
         given: ``(M, S, B)`` float32, what each neuron adds of its row.
         lists: ``(C, P, Q, SLOTS)`` int32, where programs list neurons.
@@ -115,7 +116,8 @@ def sum_kernel(
 ):  # fmt: skip
     """Output (M, D) of one token: what it is with all neurons off, and the sum of PARTS partial ones.
 
-    The first program of a token also adds up its ``counts`` (M, S, 3), where there are any, to ``counted`` (M, 3).
+    The first three programs of a token add up a kind of its ``counts`` (M, S, 3) each, where there are any, to
+    ``counted`` (M, 3).
     """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < D
@@ -126,9 +128,9 @@ def sum_kernel(
     if all_off is not None:
         total += tl.load(all_off + token * all_off_stride + column, mask=inside, other=0.0)
     tl.store(output + token * D + column, total.to(output.dtype.element_ty), mask=inside)
-    if counts is not None:
-        if tl.program_id(0) < 3:
-            kind = tl.program_id(0)
+    kind = tl.program_id(0)
+    if counts is not None:  # noqa: SIM102 - known when this is compiled; the next, when it runs
+        if kind < 3:
             found = tl.zeros([STEP], tl.int32)
             for begin in range(0, tiles, STEP):
                 tile = begin + tl.arange(0, STEP)

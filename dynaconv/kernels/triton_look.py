@@ -1,9 +1,10 @@
 """Triton kernels that choose neurons by a few-bit copy, and compute those they choose, in one launch.
 
 Neurons are dealt to tiles: tile t has the neurons t, t + S, t + 2 S and so on, so that neighbours, which are often used
-together, are spread evenly. One program, a single warp, serves one tile and up to 4 tokens: it looks at all its neurons, lists those
-that a token may use, looks at these again, lists those that are used, and computes their activations. Lists are in the
-order of the neurons, whatever runs first; what a token gets does not depend on what others add to a list.
+together, are spread evenly. One program, a single warp, serves one tile and up to 4 tokens: it looks at all its
+neurons, lists those that a token may use, looks at these again, lists those that are used, and computes their
+activations. Lists are in the order of the neurons, whatever runs first; what a token gets does not depend on what
+others add to a list.
 
 Imported when the first kernel runs. Ships with every exported model. M tokens, D residual width, F neurons, W lanes of
 a row of codes, S tiles of B neurons each, Q groups of tokens.
@@ -64,7 +65,8 @@ def sketched_kernel(
 ):  # fmt: skip
     """Chooses and computes activations, for one tile and TOKENS tokens.
 
-    Args:
+    Of the arguments:
+
         x: ``(M, D)``; ``xt`` and ``norm`` as :func:`prepare_kernel` writes them.
         level: ``(M,)`` float32; ``exact_level`` likewise, or None.
         mean: ``(F,)``, with ``mean_stride`` 0, or ``(M, F)``, or None.

@@ -56,7 +56,9 @@ def pack(codes: Codes, reads: Sequence[int]) -> Packed:
         reads: Planes read in all at the end of each look.
     """
     starts = (0, *reads[:-1])
-    words = tuple(_words(codes, range(start, stop)) if stop > start else None for start, stop in zip(starts, reads, strict=True))
+    words = tuple(
+        _words(codes, range(start, stop)) if stop > start else None for start, stop in zip(starts, reads, strict=True)
+    )
     return Packed(words, _scales(codes), codes.units.float().contiguous())
 
 

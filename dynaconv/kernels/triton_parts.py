@@ -37,10 +37,9 @@ def append(taken, count):
 
 @triton.jit
 def lane_dots(words, rows, rows_ok, xt, token, token_ok, lane, lane_ok, W, BITS: tl.constexpr):
-    """Dot products of the fields of each lane with inputs, (T, R, L) float32, and the sums of these inputs,
-    (T, 1, L).
+    """Dot products of the fields of each lane with inputs, and the sums of these inputs.
 
-    T tokens, R rows, L lanes. Loads have three dimensions, of which one or two are 1, so that all of them, and the
+    They are (T, R, L) and (T, 1, L) float32: T tokens, R rows, L lanes. Loads have three dimensions, of which one or two are 1, so that all of them, and the
     products, lie alike in the threads of the one warp that a program is.
 
     A field is put into the mantissa of a number from 1 to 2, which takes a shift, one logical operation and no
@@ -67,7 +66,7 @@ def lane_dots(words, rows, rows_ok, xt, token, token_ok, lane, lane_ok, W, BITS:
     token_mask = token_ok[:, None, None] & lane_ok[None, None, :]
     read = ()
     for j in tl.static_range(BITS):  # all loads are under way before the first word is needed
-        read = read + (tl.load(row_place + (j * W + lane)[None, None, :], mask=row_mask, other=0),)
+        read = read + (tl.load(row_place + (j * W + lane)[None, None, :], mask=row_mask, other=0),)  # noqa: RUF005
     for j in tl.static_range(BITS):
         word = read[j]
         for i in tl.range(0, COUNT, loop_unroll_factor=4):  # unrolled altogether, it takes minutes to compile

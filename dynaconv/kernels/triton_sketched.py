@@ -1,9 +1,9 @@
 """Backend for sketch routers on a GPU, for up to 16 tokens: chooses neurons and computes them. Ships with every model.
 
-Four launches, five with low-bit values: inputs put into the order of the codes; both looks and the activations of what they choose
-(``triton_look``); down, once for exact and once for low-bit neurons (``triton_down``); the sum. A neuron that no token of a group of four uses is not read. Nothing waits
-for the device, and levels are read on it: a CUDA graph serves every dial. Its first call for a network packs the codes,
-and must come before a graph is recorded.
+Four launches, five with low-bit values: inputs put into the order of the codes; both looks and the activations of what
+they choose (``triton_look``); down, once for exact and once for low-bit neurons (``triton_down``); the sum. A neuron
+that no token of a group of four uses is not read. Nothing waits for the device, and levels are read on it: a CUDA graph
+serves every dial. The first call for a network packs the codes, and must come before a graph is recorded.
 
 M tokens, D residual width, F neurons.
 """
@@ -28,7 +28,6 @@ from dynaconv.kernels.triton_support import (
     inference_on_gpu,
     power_of_two,
 )
-
 
 MAX_REGISTERS = {1: 192, 2: 255, 4: 255}
 """Of a thread, by tokens of a program. Left to itself, the assembler aims at 128 for one token, and spills."""
@@ -135,5 +134,3 @@ def _choose(
 
 
 TRITON_SKETCHED = SketchedBackend("triton-sketched", can_run, run)
-
-

@@ -20,7 +20,10 @@ tl = importlib.import_module("triton.language")
 
 @triton.jit
 def add_product(left, right, total, UPCAST: tl.constexpr):
-    """``total`` (A, B) float32 and ``left`` (A, C) times ``right`` (C, B); UPCAST for the interpreter, which cannot bf16."""
+    """``total`` (A, B) float32 and ``left`` (A, C) times ``right`` (C, B).
+
+    UPCAST for the interpreter, which multiplies the bit patterns of bf16.
+    """
     if UPCAST:
         total = tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision="ieee")
     else:
@@ -36,7 +39,8 @@ def activations_kernel(
 ):  # fmt: skip
     """Activations of ROWS tokens and NEURONS neurons, less their means: ``hidden`` (M, F), tokens in ``order``.
 
-    Args:
+    Of the arguments:
+
         x: ``(M, D)``.
         order: ``(M,)`` int64, tokens by width, descending; ``stops`` (M,) int32: how many neurons they use.
         mean: ``(F,)`` or None.
@@ -92,7 +96,8 @@ def down_kernel(
 ):  # fmt: skip
     """Output (M, D) of ROWS tokens and COLUMNS columns, each token in its own place.
 
-    Args:
+    Of the arguments:
+
         hidden: As :func:`activations_kernel` writes it; ``order`` and ``stops`` likewise.
         down: ``(D, F)`` with both strides.
         all_off: The output with all neurons off, (D,) float32, or None.

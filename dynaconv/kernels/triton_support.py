@@ -56,7 +56,7 @@ def activation_code(activation: str | Callable[[Tensor], Tensor]) -> int | None:
         return _ACTIVATIONS.get(activation)
     keywords: dict[str, Any] = {}
     if isinstance(activation, functools.partial):
-        activation, keywords = activation.func, activation.keywords
+        keywords, activation = activation.keywords, activation.func
     name = getattr(activation, "__name__", type(activation).__name__)
     code = _ACTIVATIONS.get(name)
     approximate = keywords.get("approximate", getattr(activation, "approximate", "none"))

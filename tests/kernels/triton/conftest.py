@@ -1,7 +1,7 @@
 """Random networks with few-bit copies, and what the reference makes of them.
 
-Files in ``interpreted/`` run where ``TRITON_INTERPRET=1`` is set before triton is imported; ``test_interpreted.py`` runs
-them so in a process of its own.
+Files in ``interpreted/`` run where ``TRITON_INTERPRET=1`` is set before triton is imported; ``test_interpreted.py``
+runs them so in a process of its own.
 """
 
 from __future__ import annotations

@@ -39,7 +39,9 @@ def test_nothing_spills_and_rows_are_read_wide(arguments: tuple[str, ...]) -> No
             assert kernel["wide"] > 0, f"{name} has no load of 16 bytes"
         if name.startswith("staircase"):
             # One step of both operands takes 32 KiB.
-            assert kernel["shared"] >= 48 << 10, f"{name} does not load ahead: {kernel['shared']} bytes of shared memory"
+            assert kernel["shared"] >= 48 << 10, (
+                f"{name} does not load ahead: {kernel['shared']} bytes of shared memory"
+            )
 
 
 def test_sums_within_rows_run_alike_whatever_the_number_of_tokens() -> None:
