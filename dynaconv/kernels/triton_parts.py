@@ -39,8 +39,8 @@ def append(taken, count):
 def lane_dots(words, rows, rows_ok, xt, token, token_ok, lane, lane_ok, W, BITS: tl.constexpr):
     """Dot products of the fields of each lane with inputs, and the sums of these inputs.
 
-    They are (T, R, L) and (T, 1, L) float32: T tokens, R rows, L lanes. Loads have three dimensions, of which one or two are 1, so that all of them, and the
-    products, lie alike in the threads of the one warp that a program is.
+    Both are float32, (T, R, L) and (T, 1, L), for T tokens, R rows and L lanes. Loads have three dimensions, of which
+    one or two are 1, so that all of them, and the products, lie alike in the threads of the one warp that a program is.
 
     A field is put into the mantissa of a number from 1 to 2, which takes a shift, one logical operation and no
     conversion; the product is then too large by the sum of the inputs, which is taken off in the end.

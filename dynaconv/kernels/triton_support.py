@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,6 +18,9 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dynaconv.kernels.weights import FFNWeights
+
+OLDEST = (3, 6)
+"""Release of triton from which on the kernels are known to compile."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOKENS = 4
@@ -69,16 +73,25 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _installed() -> bool:
-    return find_spec("triton") is not None
+def _missing() -> str | None:
+    """Why there is no triton that the kernels were tried with; ``None`` where there is."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        found = version("triton")
+    except PackageNotFoundError:  # built under another name, as PyTorch's own
+        return None
+    old = tuple(map(int, found.split(".")[:2])) < OLDEST
+    return f"triton is {found}, and the kernels need {OLDEST[0]}.{OLDEST[1]}" if old else None
 
 
 def inference_on_gpu(weights: FFNWeights, x: Tensor) -> tuple[bool, str] | None:
     """What the backends answer to arguments that are not an inference call on a GPU; ``None`` where they are."""
     if not (x.is_cuda or (x.is_cpu and interpreted())):
         return False, "tensors are not on a GPU"
-    if not _installed():
-        return False, "triton is not installed"
+    missing = _missing()
+    if missing is not None:
+        return False, missing
     if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
         return False, "gradients are recorded, and this backend is for inference"
     if x.is_cuda and not interpreted() and torch.version.cuda and _capability(x.device.index) < 8:
@@ -110,10 +123,10 @@ def down_rows(weights: FFNWeights) -> Tensor:
     down = weights.down
     if down.stride(0) == 1:
         return down.t()
-    version = _version(down)
+    now = _version(down)
     kept = _rows.get(down)
-    if kept is None or kept[0] != version:
-        kept = version, down.detach().t().contiguous()
+    if kept is None or kept[0] != now:
+        kept = now, down.detach().t().contiguous()
         _rows[down] = kept
     return kept[1]
 
@@ -127,11 +140,11 @@ def all_off(weights: FFNWeights, mean: Tensor | None) -> Tensor | None:
     bias = None if weights.down_bias is None else weights.down_bias.float()
     if mean is None:
         return bias
-    version = _version(mean), weights.down.data_ptr(), _version(weights.down)
+    now = _version(mean), weights.down.data_ptr(), _version(weights.down)
     kept = _outputs.get(mean)
-    if kept is None or kept[0] != version:
+    if kept is None or kept[0] != now:
         given = torch.nn.functional.linear(mean.to(weights.down.dtype), weights.down).float()
-        kept = version, given if bias is None else given + bias
+        kept = now, given if bias is None else given + bias
         _outputs[mean] = kept
     return kept[1]
 
