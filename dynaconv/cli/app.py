@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from dynaconv.cli import convert, dial, doctor, listing, model, resize, stages
+from dynaconv.cli import bench, convert, dial, doctor, listing, model, resize, stages
 from dynaconv.cli.output import print_error, print_note, say
 from dynaconv.cli.quiet import silence_libraries
 from dynaconv.errors import DynaconvError
@@ -74,6 +74,7 @@ app.command("status")(listing.status)
 app.command("dial-k")(dial.dial_k)
 app.command("eval")(model.evaluate)
 app.command("generate")(model.generate)
+app.command("bench")(bench.bench)
 app.command("recipes")(listing.recipes)
 app.command("doctor")(doctor.doctor)
 

@@ -124,7 +124,7 @@ def _threads(folder: Path, *, tokens: int, quiet: bool = False) -> AbstractConte
     return using(choice.count)
 
 
-def chosen_dial(folder: Path, text: str | None) -> Dial | None:
+def chosen_dial(folder: Path, text: str | None, option: str = "--dial") -> Dial | None:
     """The dial that ``--dial`` asks for; ``None`` leaves it to the point stored in the model.
 
     Raises:
@@ -132,26 +132,33 @@ def chosen_dial(folder: Path, text: str | None) -> Dial | None:
         ArtifactError: The model has no calibrated dial.
         QualityError: It lies below the lowest measured budget.
     """
-    from dynaconv.dynamic.dial import Dial
-
     if text is None:
         return None
-    if text == "full":
-        return Dial.full()
-    try:
-        budget = float(text)
-    except ValueError:
-        budget = math.nan
-    if not 0 < budget <= 1:
-        expected = "a share of the parent's FFN bytes, above 0 and at most 1, such as 0.5; or full"
-        raise ConfigError(f"--dial is {text!r}", expected=expected)
-    dial = Dial(budget=budget)
+    dial = parsed_dial(text, option)
     if dial.is_full:
         return dial
     layout = read_layout(folder)
     if layout.dial is None or layout.frontier is None:
-        hint = "dynaconv calibrate RUN, then dynaconv export RUN; or --dial full"
+        hint = f"dynaconv calibrate RUN, then dynaconv export RUN; or {option} full"
         raise ArtifactError("this model has no calibrated dial", where=folder, hint=hint)
     with frontier_errors(where=folder):
-        layout.frontier.at(budget)
+        layout.frontier.at(float(text))
     return dial
+
+
+def parsed_dial(text: str, option: str) -> Dial:
+    """The dial that ``text``, the value of ``option``, means.
+
+    Raises:
+        ConfigError: It is no share in (0, 1].
+    """
+    from dynaconv.dynamic.dial import Dial
+
+    try:
+        budget = 1.0 if text == "full" else float(text)
+    except ValueError:
+        budget = math.nan
+    if not 0 < budget <= 1:
+        expected = "a share of the parent's FFN bytes, above 0 and at most 1, such as 0.5; or full"
+        raise ConfigError(f"{option} is {text!r}", expected=expected)
+    return Dial(budget=budget)

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from dynaconv.dynamic.call import Call
+from dynaconv.dynamic.controller import Controlled
 from dynaconv.dynamic.cost import FFNCost, FFNShape, ffn_cost
 from dynaconv.dynamic.few_bits import FewBitCopy
+from dynaconv.dynamic.fused import Fused, inference, thresholds_of
 from dynaconv.dynamic.layout import FFNLayout
 from dynaconv.dynamic.policy import Decision, Full, by_sequence
 from dynaconv.dynamic.projections import (
@@ -31,6 +33,7 @@ from dynaconv.dynamic.projections import (
     is_plain,
     projection,
     rebind,
+    stored,
 )
 from dynaconv.dynamic.recorder import Record
 from dynaconv.dynamic.routers.base import Router
@@ -90,6 +93,7 @@ class DynamicFFN(nn.Module):
         super().__init__()
         self.site, self.names, self.call, self.activation = site, names, call, activation
         self.copy, self.itemsize = copy, itemsize
+        self.fused = Fused()
         self._packed: FFNWeights | None = None
         object.__setattr__(self, "_owner", owner)  # not a submodule: it owns this module
         self.activation_name = activation_name
@@ -151,6 +155,9 @@ class DynamicFFN(nn.Module):
             return self._scores(x)
         if self._packed is not None and self._packed.up.device != x.device:
             self._move_packed(x.device)
+        fused = self._fused(x)
+        if fused is not None:
+            return fused
         decision = self._decide(x)
         choice = decision.choice
         if self._packed is not None:
@@ -219,6 +226,34 @@ class DynamicFFN(nn.Module):
         self.copy.move(device)
         parts = (one.to(device) if isinstance(one, Tensor) else one for one in self._packed)
         self._packed = FFNWeights(*parts)  # type: ignore[arg-type]
+
+    def _fused(self, x: Tensor) -> Tensor | None:
+        """The output (..., D) of a kernel that is router and FFN at once; ``None`` where none can run."""
+        policy, router, copy = self.call.policy, self.router, self.copy
+        if copy is None or self._packed is not None or not isinstance(router, SketchRouter):
+            return None
+        if self.call.recorder is not None or not inference(x):
+            return None
+        found, rows = thresholds_of(policy, self.site, x), x.reshape(-1, x.shape[-1])
+        if found is None or not (self.fused.unchanged() or self._watch()):
+            return None
+        ready = self.fused.ready(rows, self.weights, self.activation_name, copy, router)
+        if ready is None:
+            return None
+        ffn, backend = ready
+        asked = self.fused.asked(*found, x, router, self.means, ffn.weights.down)
+        output, counts = backend.run(ffn, rows, asked)
+        if isinstance(policy, Controlled):
+            policy.observe_counts(counts, self.site.partition.neurons)
+        return output.view_as(x)
+
+    def _watch(self) -> bool:
+        """Has the copy follow the weights, and says whether kernels may read them."""
+        if not self.is_plain():
+            return False
+        self._prepare()
+        self.fused.watch(self.projections())
+        return True
 
     def _low_bit_only(self, x: Tensor, decision: Decision) -> Tensor:
         assert self.copy is not None
@@ -301,15 +336,19 @@ class DynamicFFN(nn.Module):
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _copy_for_compiled_code(self) -> bool:
         """Runs while code is compiled, and not in compiled code."""
-        assert self.copy is not None
-        self.copy.follow(self.weights())
+        copy, weights = self.copy, self.weights()
+        assert copy is not None
+        copy.follow(weights)
+        dtype = weights.up.dtype
+        _ = copy.first(dtype), copy.second(dtype), copy.layout.values and copy.low(weights)  # decoded here, and kept
         return True
 
     def _mean(self, decision: Decision, x: Tensor) -> Tensor | None:
         """What neurons give that are off, (F,), or (B, 1, F) where sequences differ."""
-        if decision.means is None or self.means is None:
+        means = stored(self, "means")
+        if decision.means is None or means is None:
             return None
-        mean = decision.means.to(self.means) @ self.means
+        mean = decision.means.to(means) @ means
         return mean if mean.dim() == 1 else by_sequence(mean, x)
 
     def _mean_of_rows(self, decision: Decision, x: Tensor) -> Tensor | None:

@@ -144,7 +144,8 @@ def by_sequence(values: Tensor, x: Tensor) -> Tensor:
     if x.shape[0] % values.shape[0]:
         found = f"{values.shape[0]} dials for a batch of {x.shape[0]} sequences"
         raise ValueError(f"{found}: give one for each")
-    values = values.repeat_interleave(x.shape[0] // values.shape[0], dim=0)
+    if x.shape[0] != values.shape[0]:
+        values = values.repeat_interleave(x.shape[0] // values.shape[0], dim=0)
     return values.view(values.shape[0], *(1,) * (x.dim() - 2), *values.shape[1:])
 
 

@@ -63,18 +63,36 @@ def ffn_weights(
         down: Name of the down projection.
         activation: The nonlinearity.
     """
-    first, last = projection(owner, up), projection(owner, down)
-    matrices: dict[str, Tensor | None] = {"up": _matrix(first), "up_bias": first.bias, "gate": None, "gate_bias": None}
+    first, last = projection(owner, up), _matrix(projection(owner, down))
+    matrices: dict[str, Tensor | None] = {"up": _matrix(first), "up_bias": stored(first, "bias"), "gate": None}
+    matrices["gate_bias"] = None
     if gate == up:
-        neurons = _matrix(last).shape[1]
+        neurons = last.shape[1]
         for name in ("up", "up_bias"):
             whole = matrices[name]
             if whole is not None:
                 matrices[name.replace("up", "gate")], matrices[name] = whole[:neurons], whole[neurons:]
     elif gate is not None:
         other = projection(owner, gate)
-        matrices |= {"gate": _matrix(other), "gate_bias": other.bias}
-    return FFNWeights(down=_matrix(last), down_bias=last.bias, activation=activation, **matrices)  # type: ignore[arg-type]
+        matrices |= {"gate": _matrix(other), "gate_bias": stored(other, "bias")}
+    down_bias = stored(projection(owner, down), "bias")
+    return FFNWeights(down=last, down_bias=down_bias, activation=activation, **matrices)  # type: ignore[arg-type]
+
+
+def stored(module: Any, name: str) -> Tensor | None:
+    """A parameter of ``module`` by its name, also where accelerate keeps it elsewhere between calls.
+
+    What is fetched remembers where from, as ``kept_as``: the same weights, though each time another tensor.
+    """
+    value: Tensor | None = getattr(module, name)
+    hook: Any = getattr(innermost(module), "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        kept = getattr(one, "weights_map", None)
+        if value is not None and value.is_meta and kept is not None:
+            fetched: Tensor = kept[name].to(one.execution_device)
+            fetched.kept_as = (id(kept), name)  # type: ignore[attr-defined]
+            return fetched
+    return value
 
 
 def device_of(module: Any) -> torch.device:
@@ -94,7 +112,8 @@ def rebind(module: nn.Module) -> None:
 
 def _matrix(module: Any) -> Tensor:
     """A projection's weight as (out, in)."""
-    weight: Tensor = module.weight
+    weight = stored(module, "weight")
+    assert weight is not None
     return weight.t() if isinstance(module, Conv1D) else weight
 
 

@@ -70,3 +70,8 @@ class CostModel:
         """Bytes read for one token at batch 1: weights, one embedding row, the KV cache."""
         weights = self.attention + ffn_bytes_share * self.ffn + self.head + self.rest + self.residual
         return float(self.itemsize * (weights + self.cache_width * self.context))
+
+    def bytes_per_step(self, ffn_bytes_share: float, sequences: int) -> float:
+        """Bytes read for one step of decoding ``sequences`` together: weights once, all else for each of them."""
+        own = self.itemsize * (self.residual + self.cache_width * self.context)
+        return self.bytes_per_token(ffn_bytes_share) + (sequences - 1) * own

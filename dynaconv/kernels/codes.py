@@ -84,7 +84,7 @@ class Codes:
         unread = self.bits - read
         code = torch.zeros(1, dtype=torch.float32, device=self.planes.device)
         for plane in self.planes[:read, rows]:
-            code = 2 * code + _unpacked(plane)
+            code = 2 * code + unpacked(plane)
         code = code[:, : self.columns] * 2**unread + (2**unread - 1) / 2
         scale, minimum = (
             (steps[rows].float() * self.units[rows, i : i + 1].float()).repeat_interleave(self.group, 1)
@@ -150,6 +150,6 @@ def _packed(ones: Tensor) -> Tensor:
     return shifted
 
 
-def _unpacked(plane: Tensor) -> Tensor:
-    """The reverse of :func:`_packed`, (R, 8 * bytes) uint8."""
+def unpacked(plane: Tensor) -> Tensor:
+    """The bits of a plane (R, bytes), zeros and ones, (R, 8 * bytes) uint8."""
     return ((plane[..., None] >> _EIGHT.to(plane.device)) & 1).flatten(1)

@@ -17,8 +17,11 @@ from dynaconv.kernels.blocks import BlockedFFN
 from dynaconv.kernels.choice import Choice
 from dynaconv.kernels.cpu_nested import CPU_NESTED
 from dynaconv.kernels.cpu_routed import CPU_ROUTED
+from dynaconv.kernels.cpu_sketched import CPU_SKETCHED
 from dynaconv.kernels.reference import REFERENCE
+from dynaconv.kernels.sketched import SketchedBackend, SketchedFFN
 
+SKETCHED: list[SketchedBackend] = [CPU_SKETCHED]
 BACKENDS: list[Backend] = [CPU_NESTED, CPU_ROUTED, REFERENCE]
 
 
@@ -61,6 +64,16 @@ def blocked_ffn(ffn: BlockedFFN, x: Tensor, choice: Choice) -> Tensor:
     chosen = decide(ffn, x, choice)
     _log_once(chosen.backend.name, chosen.reason)
     return chosen.backend.run(ffn, x, choice)
+
+
+def sketched_backend(ffn: SketchedFFN, x: Tensor) -> SketchedBackend | None:
+    """The first of :data:`SKETCHED` that can run for tokens ``x`` (M, D); ``None``: the router's choice is computed."""
+    for backend in SKETCHED:
+        able, reason = backend.can_run(ffn, x)
+        _log_once(backend.name, reason if able else f"does not run: {reason}")
+        if able:
+            return backend
+    return None
 
 
 _logged: set[tuple[str, str]] = set()

@@ -50,14 +50,19 @@ def select(hidden: Tensor, choice: Choice, partition: Partition, mean: Tensor | 
 
 
 def blocked_ffn(ffn: BlockedFFN, x: Tensor, choice: Choice) -> Tensor:
-    """The FFN of each token restricted to its own blocks: ``(M, D)`` to ``(M, D)``. Differentiable."""
+    """The FFN of each token restricted to its own blocks: ``(M, D)`` to ``(M, D)``. Differentiable.
+
+    Neurons in few bits give their mean exactly, as those do that are off, and what differs from it in few bits.
+    """
     hidden = select(hidden_neurons(x, ffn.weights), choice, ffn.partition, ffn.mean)
     if not (isinstance(choice, Subset) and choice.exact is not None):
         return linear(hidden, ffn.weights.down, ffn.weights.down_bias)
     assert ffn.low is not None, "the choice wants low-bit values, and the network has none"
-    low = ffn.partition.spread(choice.on & ~choice.exact)
-    exact = linear(hidden.masked_fill(low, 0), ffn.weights.down, ffn.weights.down_bias)
-    return exact + linear(hidden_neurons(x, ffn.low).masked_fill(~low, 0), ffn.low.down)
+    low, mean = ffn.partition.spread(choice.on & ~choice.exact), torch.zeros((), dtype=x.dtype, device=x.device)
+    if ffn.mean is not None:
+        mean = ffn.mean.to(hidden.dtype)
+    exact = linear(torch.where(low, mean, hidden), ffn.weights.down, ffn.weights.down_bias)
+    return exact + linear((hidden_neurons(x, ffn.low) - mean).masked_fill(~low, 0), ffn.low.down)
 
 
 def hidden_neurons(x: Tensor, weights: FFNWeights) -> Tensor:

@@ -10,8 +10,12 @@ rounding: for a token x and a neuron f, with codes read as far as each look read
     on     = closer and second > level
     exact  = on and min(first, second) > exact_level
 
-where every size is at least :data:`SMALLEST`. A neuron that is exact gives act(gate x) (up x) times its column of down,
-one that is on but not exact the same of the low-bit codes, one that is off ``mean[f]`` times its column of down.
+where every size is at least :data:`SMALLEST`. Where the activation is flat below 0 (``rounding`` is there), what it is
+given in the first two lines, s, is replaced by (s + sqrt(s^2 + w^2)) / 2, with w = rounding[0] * ||x|| in the first and
+rounding[1] * ||x|| in the second; computed as max(s, 0) + w^2 / (|s| + sqrt(s^2 + w^2)) / 2 nothing cancels.
+
+All neurons give ``mean[f]`` times their column of down (``base``); one that is exact adds (act(gate x) (up x) -
+mean[f]) times that column, one that is on but not exact the same in low-bit values, of down, too.
 
 Ships with every exported model. M tokens, D residual width, F neurons.
 """
@@ -19,8 +23,8 @@ Ships with every exported model. M tokens, D residual width, F neurons.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -47,6 +51,8 @@ class SketchedFFN:
         coarse: Planes that the first look reads, of gate alone (of up, without a gate).
         bits: Planes that the second look reads in all.
         activation: What ``config.json`` calls the nonlinearity.
+        rounding: Of ``FewBitCopy``, (2,) float32; ``None`` where the activation is not flat below 0.
+        packed: By backend, what it has made of all this.
     """
 
     weights: FFNWeights
@@ -59,6 +65,8 @@ class SketchedFFN:
     coarse: int
     bits: int
     activation: str
+    rounding: Tensor | None = None
+    packed: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +77,13 @@ class Asked:
         level: Size from which a neuron is on, (M,) float32: exp(threshold + the layer's offset).
         exact_level: Size from which its values are exact, (M,) float32; ``None``: all that are on are exact.
         mean: What neurons give that are off, (F,) or (M, F); ``None``: nothing.
+        base: ``mean @ down.T``, (D,) or (M, D); ``None`` where there is no mean.
     """
 
     level: Tensor
     exact_level: Tensor | None = None
     mean: Tensor | None = None
+    base: Tensor | None = None
 
 
 class Computed(NamedTuple):

@@ -1,9 +1,11 @@
 """What profiling a checkpoint will take, from its headers alone.
 
-D residual width, F FFN width, N blocks, V vocabulary, L layers.
+D residual width, F FFN width, N blocks, V vocabulary, L layers. A ``word`` is what an element takes that is computed.
 """
 
 from __future__ import annotations
+
+import torch
 
 from dynaconv.arch.blocks import ffn_partition, partition_text
 from dynaconv.arch.checkpoint import Checkpoint
@@ -14,11 +16,11 @@ from dynaconv.pipeline.stage import Estimate
 from dynaconv.profile.clusters import ITERATIONS, SAMPLED
 from dynaconv.profile.curves import PARTS, curve_widths
 from dynaconv.profile.loss_aware import TOKENS as BACKWARD_TOKENS
-from dynaconv.profile.measure import ROWS
+from dynaconv.profile.measure import AT_ONCE, ROWS
 from dynaconv.profile.statistics import layout_bytes, tensor_layout
-from dynaconv.profile.streaming import HEAD_BYTES, PIECE, READ_BYTES
+from dynaconv.profile.streaming import HEAD_BYTES, PIECE, READ_BYTES, quick_dtype
 
-WORD = 4  # bytes of the float32 that the CPU computes in
+WORD = 4  # bytes of the float32 that sums are kept in, and that importance is measured in
 RETAINED = 32 * 1024**2  # bytes; the C library's allocator keeps freed memory of tensors below this for later ones
 
 
@@ -32,20 +34,21 @@ def profile_estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
     partition = ffn_partition(sizes["ffn"], config)
     widths = curve_widths(partition, config.experts)
     curve_tokens = 0 if config.experts == "neurons" else round(config.profile.curve_share * tokens)
-    states = WORD * sizes["residual"] * tokens
-    batch = _batch_bytes(checkpoint, config.profile.batch_size * config.data.sequence_length)
+    word = quick_dtype(checkpoint, torch.device("cpu")).itemsize
+    states = word * sizes["residual"] * tokens
+    batch = _batch_bytes(checkpoint, _tokens_at_once(config), word)
     at_once = _routed_bytes(checkpoint, partition, batch) if config.experts == "routed" else batch
     phases = {
-        "embedding": embedding_bytes(checkpoint, tokens) + states,
-        "layer": states + at_once + _layer_bytes(checkpoint, partition, curve_tokens),
-        "head": head_bytes(checkpoint) + states + _kept_bytes(config, checkpoint),
+        "embedding": _embedding_bytes(checkpoint, tokens, word) + states,
+        "layer": states + at_once + _layer_bytes(checkpoint, partition, curve_tokens, word),
+        "head": _head_bytes(checkpoint, word) + states + _kept_bytes(config, checkpoint, word),
     }
     ffn, attention = checkpoint.ffn_parameters, checkpoint.attention_parameters
     forward = 2.0 * (layers * (ffn + attention) + checkpoint.head_parameters)
     again = 2.0 * layers * (ffn + (sizes["residual"] + 1) ** 2)  # the FFN of pass B, and the second moments
     flops = tokens * forward + curve_tokens * again
     if config.profile.loss_aware:
-        phases["backward pass"] = WORD * checkpoint.parameters + _backward_bytes(config, checkpoint)
+        phases["backward pass"] = word * checkpoint.parameters + _backward_bytes(config, checkpoint, word)
         flops += 2 * curve_tokens * forward  # forward, and the half of a backward pass that reaches activations
     if config.experts == "routed":
         flops += layers * _routed_flops(checkpoint, partition, curve_tokens)
@@ -60,13 +63,13 @@ def importance_estimate(config: RunConfig, checkpoint: Checkpoint, disk_bytes: i
     """Peak memory on the CPU and FLOPs of measuring importance, which leaves ``disk_bytes``."""
     sizes, wanted = checkpoint.sizes, config.importance
     states = WORD * sizes["residual"] * wanted.tokens
-    batch = _batch_bytes(checkpoint, wanted.batch_size * config.data.sequence_length)
+    batch = _batch_bytes(checkpoint, wanted.batch_size * config.data.sequence_length, WORD)
     squares = sizes["ffn"] ** 2 + (sizes["q_head"] * sizes["v_dim"]) ** 2 if wanted.second_moments else 0
     layer = WORD * (checkpoint.ffn_parameters + checkpoint.attention_parameters + squares)
     phases = {
-        "embedding": embedding_bytes(checkpoint, wanted.tokens) + states,
+        "embedding": _embedding_bytes(checkpoint, wanted.tokens, WORD) + states,
         "layer": states + batch + layer,
-        "head": head_bytes(checkpoint) + states + batch,
+        "head": _head_bytes(checkpoint, WORD) + states + batch,
     }
     forward = checkpoint.layers * (checkpoint.ffn_parameters + checkpoint.attention_parameters + squares)
     worst = max(phases, key=lambda phase: phases[phase])
@@ -75,38 +78,43 @@ def importance_estimate(config: RunConfig, checkpoint: Checkpoint, disk_bytes: i
     return Estimate(phases[worst], disk_bytes, flops, (note,))
 
 
-def embedding_bytes(checkpoint: Checkpoint, tokens: int) -> int:
+def _embedding_bytes(checkpoint: Checkpoint, tokens: int, word: int) -> int:
     """The embedding while ``tokens`` pass it: the rows of those that can occur, and what is read and made at once."""
     rows = min(checkpoint.sizes["vocab"], tokens)
-    return WORD * rows * checkpoint.sizes["residual"] + 10 * READ_BYTES
+    return word * rows * checkpoint.sizes["residual"] + 10 * READ_BYTES
 
 
-def head_bytes(checkpoint: Checkpoint) -> int:
+def _head_bytes(checkpoint: Checkpoint, word: int) -> int:
     """The head while tokens pass it: a piece of it as read and as computed in, logits and states of some tokens."""
     rows = min(checkpoint.sizes["vocab"], PIECE)
-    return (WORD + checkpoint.dtype.itemsize) * rows * checkpoint.sizes["residual"] + 4 * HEAD_BYTES
+    return (word + checkpoint.dtype.itemsize) * rows * checkpoint.sizes["residual"] + 4 * HEAD_BYTES
 
 
-def _batch_bytes(checkpoint: Checkpoint, tokens: int) -> int:
+def _tokens_at_once(config: RunConfig) -> int:
+    window = config.data.sequence_length
+    return min(config.profile.batch_size, max(1, AT_ONCE // window)) * window
+
+
+def _batch_bytes(checkpoint: Checkpoint, tokens: int, word: int) -> int:
     """Activations of a layer on a batch of ``tokens`` at their most: about 4 F and 10 D a token."""
-    return WORD * tokens * (4 * checkpoint.sizes["ffn"] + 10 * checkpoint.sizes["residual"])
+    return word * tokens * (4 * checkpoint.sizes["ffn"] + 10 * checkpoint.sizes["residual"])
 
 
-def _kept_bytes(config: RunConfig, checkpoint: Checkpoint) -> int:
+def _kept_bytes(config: RunConfig, checkpoint: Checkpoint, word: int) -> int:
     """What is left of the layers' activations when they are done: the allocator gives only large tensors back."""
-    tokens = config.profile.batch_size * config.data.sequence_length
-    largest = WORD * tokens * checkpoint.sizes["ffn"]
-    return _batch_bytes(checkpoint, tokens) if largest < RETAINED else 0
+    tokens = _tokens_at_once(config)
+    largest = word * tokens * checkpoint.sizes["ffn"]
+    return _batch_bytes(checkpoint, tokens, word) if largest < RETAINED else 0
 
 
-def _layer_bytes(checkpoint: Checkpoint, partition: Partition, curve_tokens: int) -> int:
+def _layer_bytes(checkpoint: Checkpoint, partition: Partition, curve_tokens: int, word: int) -> int:
     """One decoder layer, its FFN again in order, kept inputs, and the sums with a copy on its way to the disk."""
     residual = checkpoint.sizes["residual"]
     if not curve_tokens:  # single neurons: no second pass
-        return WORD * (checkpoint.ffn_parameters + checkpoint.attention_parameters)
+        return word * (checkpoint.ffn_parameters + checkpoint.attention_parameters)
     weights = 2 * checkpoint.ffn_parameters + checkpoint.attention_parameters
     sums = (residual + 1) * (residual + 1 + partition.blocks)
-    return WORD * (weights + curve_tokens * residual + 2 * sums)
+    return word * (weights + curve_tokens * residual) + 2 * WORD * sums
 
 
 def _routed_bytes(checkpoint: Checkpoint, partition: Partition, batch: int) -> int:
@@ -129,9 +137,9 @@ def _routed_flops(checkpoint: Checkpoint, partition: Partition, curve_tokens: in
     return 2.0 * (clustering + neurons * residual * rank + curve_tokens * neurons * (rank + measured * residual))
 
 
-def _backward_bytes(config: RunConfig, checkpoint: Checkpoint) -> int:
+def _backward_bytes(config: RunConfig, checkpoint: Checkpoint, word: int) -> int:
     """Activations that a backward pass over one micro-batch keeps: about 4 F and 12 D a token and layer, and 3 V."""
     sizes, window = checkpoint.sizes, config.data.sequence_length
     tokens = min(max(window, BACKWARD_TOKENS), config.profile.batch_size * window)
     per_token = checkpoint.layers * (4 * sizes["ffn"] + 12 * sizes["residual"]) + 3 * sizes["vocab"]
-    return WORD * tokens * per_token
+    return word * tokens * per_token

@@ -147,8 +147,9 @@ def solve_neurons(
                 _take_means(model, place, seen)
             if turn and abs(seen.share - budget) <= tolerance:
                 break
-        found.append(max(threshold, found[-1] if found else everything))
+        found.append(max(threshold, found[-1] if found else everything - margin))  # where nearly all are exact
         solved(budget, seen.share)
+    everything = min(everything, found[0])
     rows = [(threshold,) * model.layout.layers for threshold in (*reversed(found), everything)]
     exact_rows = [tuple(threshold + margin for threshold in row) for row in rows[:-1]] + [rows[-1]]
     return DialTable((*budgets, 1.0), tuple(rows), tuple(exact_rows) if margin else ())

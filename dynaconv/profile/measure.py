@@ -22,11 +22,12 @@ from torch.nn.functional import linear
 
 from dynaconv.arch.spec import FFNSpec
 from dynaconv.data.windows import Batch, scored_tokens
+from dynaconv.dynamic.few_bits import norms
 from dynaconv.dynamic.projections import ffn_weights
-from dynaconv.dynamic.routers.sketch import SMALLEST
-from dynaconv.dynamic.score_histogram import ScoreHistogram
+from dynaconv.dynamic.score_histogram import LOWEST, WIDTH, ScoreHistogram
 from dynaconv.kernels.partition import Partition
 from dynaconv.kernels.reference import hidden_neurons
+from dynaconv.kernels.sketched import SMALLEST
 from dynaconv.kernels.weights import FFNWeights
 from dynaconv.profile.accumulators import ActivationMean, CurveStatistics, RidgeStatistics
 from dynaconv.profile.calibration import own_rows
@@ -45,6 +46,7 @@ from dynaconv.ranks import Ranks
 
 ORDERS = ("importance", "none")
 ROWS = 1024  # tokens whose curves are measured at once
+AT_ONCE = 1024  # tokens of a batch that pass a layer together, as long as a window is shorter
 LEVEL_SHARE = 0.3  # of the neurons: in the middle of what dials ask for
 LEVEL_EVERY = 8  # tokens, of which one is counted: a layer's level needs no more
 
@@ -86,6 +88,15 @@ class Sample:
         batches = own_rows(self.batches, ranks, what="profile.batch_size")
         return Sample(batches, [mask for mask in masks if len(mask)])
 
+    def in_pieces(self, tokens: int = AT_ONCE) -> Sample:
+        """The same windows in batches of ``tokens`` at most, or of one window: activations take memory."""
+        batches, masks = list[Batch](), list[Tensor]()
+        for batch, mask in zip(self.batches, self.curve_masks, strict=True):
+            rows = max(1, tokens // mask.shape[1])
+            batches += [batch.rows(start, start + rows) for start in range(0, len(mask), rows)]
+            masks += torch.split(mask, rows)
+        return Sample(batches, masks)
+
     def windows(self, ranks: Ranks | None = None) -> int:
         """Windows of all ranks."""
         own = torch.tensor(sum(len(batch.input_ids) for batch in self.batches))
@@ -123,8 +134,8 @@ class Contributions:
         """Counts tokens with FFN inputs ``x`` (M, D) and activations ``active`` (M, F)."""
         x, active = x[::LEVEL_EVERY], active[::LEVEL_EVERY]
         self.scores.add((active.float().abs() * self.sizes).clamp_min(SMALLEST).log())
-        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(SMALLEST)
-        ups = linear(x, self.weights.up, self.weights.up_bias).float().abs() / norms
+        sizes = norms(x, dim=-1, keepdim=True).clamp_min(SMALLEST)
+        ups = linear(x, self.weights.up, self.weights.up_bias).float().abs() / sizes
         self.ups += ups.sum(0, dtype=torch.float64)
         self.tokens += len(x)
 
@@ -137,8 +148,12 @@ class Contributions:
         return (self.ups.cpu() / self.tokens.clamp_min(1)).float()
 
     def level(self) -> Tensor:
-        """The logarithm of what a neuron adds that stands at :data:`LEVEL_SHARE` from the top, () float32."""
-        return torch.tensor(self.scores.quantile(LEVEL_SHARE), dtype=torch.float32)
+        """The logarithm of what a neuron adds that stands at :data:`LEVEL_SHARE` from the top, () float32.
+
+        Of the neurons that add anything: with ReLU that may be a tenth.
+        """
+        share = LEVEL_SHARE * self.scores.above(LOWEST + WIDTH)
+        return torch.tensor(self.scores.quantile(share), dtype=torch.float32)
 
 
 def measure_layer(
@@ -178,7 +193,7 @@ def measure_layer(
     with stream.layer(index) as layer:
         ffn = stream.ffn(layer)
         stock = ffn_weights(ffn, spec.gate, spec.up, spec.down, stream.activation)
-        sizes = torch.linalg.vector_norm(stock.down, dim=0, dtype=torch.float32)
+        sizes = torch.cat([norms(piece, dim=0) for piece in torch.split(stock.down, ROWS, dim=1)])  # norms makes copies
         together = Coactivation(sizes, sample.windows(ranks)) if experts == "routed" else None
         contributions = Contributions(stock, sizes) if experts == "neurons" else None
         activation, kept = _run(stream, index, layer, hidden, sample, together or contributions, finished)
@@ -241,9 +256,9 @@ def measure_curves(
             errors = relative_errors(h, down, partition.edges)
             targets = log_errors(errors, sensitivity)
         else:
-            norms = block_norms(h)
-            errors = best_block_errors(h, down, partition, norms, widths)
-            targets = log_norms(norms, sensitivity)
+            added = block_norms(h)
+            errors = best_block_errors(h, down, partition, added, widths)
+            targets = log_norms(added, sensitivity)
         curves.add(errors)
         ridge.add(x, targets)
         start += len(x)

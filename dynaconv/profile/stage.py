@@ -53,7 +53,7 @@ class ProfileStage(Stage):
         """
         from dynaconv.profile.curves import curve_widths
         from dynaconv.profile.statistics import Summary
-        from dynaconv.profile.streaming import LayerStream
+        from dynaconv.profile.streaming import LayerStream, quick_dtype
 
         config, started = context.config, time.monotonic()
         folder = context.inputs["dense"]
@@ -61,8 +61,10 @@ class ProfileStage(Stage):
         partition = ffn_partition(checkpoint.sizes["ffn"], config)
         context.log.info("profile: %s", partition_text(checkpoint.layers, partition))
         whole, digest = _sample(checkpoint, context)
-        sample = whole.own(context.ranks)
-        stream = LayerStream(checkpoint, context.ranks.device, trust_remote_code=config.trust_remote_code)
+        sample = whole.own(context.ranks).in_pieces()
+        device = context.ranks.device
+        dtype = quick_dtype(checkpoint, device)
+        stream = LayerStream(checkpoint, device, dtype=dtype, trust_remote_code=config.trust_remote_code)
         context.log.info("profile: computing in %s on %s", stream.dtype, stream.device)
         sensitivity = _sensitivity(stream, sample, context) if config.profile.loss_aware else None
         loss, half = _stream(stream, sample, partition, sensitivity, context)

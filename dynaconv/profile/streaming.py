@@ -5,7 +5,8 @@ on a batch then shows what it would hand each layer (attention mask, rotary embe
 the real layer is called with exactly that. Of the embedding only the rows of tokens that occur are read, and the head
 passes by in pieces of the vocabulary.
 
-On the CPU everything is computed in float32, whatever the checkpoint holds; on a GPU in the checkpoint's own dtype.
+On the CPU everything is computed in float32, whatever the checkpoint holds, unless :func:`quick_dtype` is asked for; on
+a GPU in the checkpoint's own dtype.
 
 B batch, T tokens, D residual width, F FFN width, V vocabulary, M tokens of any batches.
 """
@@ -62,6 +63,7 @@ class LayerStream:
     Args:
         checkpoint: The dense checkpoint.
         device: Where to compute; the first GPU where there is one, by default.
+        dtype: What to compute in, if not as the module says.
         trust_remote_code: Let transformers run code from the checkpoint's folder.
 
     Attributes:
@@ -71,11 +73,16 @@ class LayerStream:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device | None = None, *, trust_remote_code: bool = False
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device or default_device()
-        self.dtype = checkpoint.dtype if self.device.type == "cuda" else torch.float32
+        self.dtype = dtype or (checkpoint.dtype if self.device.type == "cuda" else torch.float32)
         self.activation: Callable[[Tensor], Tensor] = activation(checkpoint.activation)
         self._model = skeleton(checkpoint, self.dtype, self.device, trust_remote_code=trust_remote_code)
         container, _, ffn = checkpoint.family.ffn.path.partition(".{layer}")
@@ -280,3 +287,13 @@ class _Scored:
 def default_device() -> torch.device:
     """The first GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def quick_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """What is fastest for measurements, which need no more accuracy than the model itself has.
+
+    That is the checkpoint's dtype on a GPU, and float32 on a CPU, but bf16 for bf16 checkpoints where the CPU has
+    instructions for its products: about five times as fast as float32. Other CPUs emulate them, slowly.
+    """
+    quick = device.type == "cuda" or (checkpoint.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())
+    return checkpoint.dtype if quick else torch.float32

@@ -28,8 +28,8 @@ from dynaconv.errors import ArtifactError, ConfigError
 from dynaconv.kernels.choice import Soft
 from dynaconv.ranks import Ranks
 from dynaconv.train.deepspeed_config import deepspeed_config
-from dynaconv.train.engine import autocast
 from dynaconv.train.optimizer import adamw, parameter_groups, set_learning_rates
+from dynaconv.train.precision import autocast
 
 TAG = "engine"
 

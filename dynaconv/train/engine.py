@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from dynaconv.errors import ConfigError
 from dynaconv.ranks import Ranks
 from dynaconv.rules import uneven
 from dynaconv.train.optimizer import adamw, parameter_groups, set_learning_rates
+from dynaconv.train.precision import autocast
 
 STATE_FILE = "engine.safetensors"
 CHUNK = 1 << 20  # elements of a gradient that are averaged over ranks at once, in float64
@@ -81,11 +82,6 @@ def build_engine(network: Any, config: RunConfig, ranks: Ranks) -> Engine:
             _ = ffn.cost  # kept from here on: ZeRO 3 takes away the shapes that it follows from
         return DeepSpeedEngine(network, config, ranks)
     return TorchEngine(network, config.finetune, ranks)
-
-
-def autocast(config: FinetuneConfig, device: torch.device) -> AbstractContextManager[Any]:
-    """bf16 autocast where ``config`` asks for it."""
-    return torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
 
 
 class TorchEngine:

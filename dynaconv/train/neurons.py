@@ -9,7 +9,7 @@ from dynaconv.data.windows import Windows, training_batch
 from dynaconv.pipeline.stage import StageContext
 from dynaconv.profile.gated import exact_margin, prepare_means, solve_neurons
 from dynaconv.rules import require_affordable
-from dynaconv.train.engine import autocast
+from dynaconv.train.precision import autocast
 
 NODES = 4
 """Budgets at which means are trained; between them they are interpolated."""

@@ -1,4 +1,4 @@
-"""Trains a small dense Llama from nothing: tokenizer, weights, held-out loss, a folder that stock tools load.
+"""Trains a small dense language model from nothing: tokenizer, weights, held-out loss, a folder that stock tools load.
 
 This is where the embedded default comes from (``defaults.py``) and what ``scripts/pretrain_base.py`` runs at larger
 shapes. It is no stage: it makes the dense checkpoint that a conversion starts from.
@@ -201,8 +201,9 @@ def _optimizers(model: Any, schedule: Schedule) -> list[torch.optim.Optimizer]:
     learning rate serves both.
     """
     named = list(model.named_parameters())
-    matrices = [p for name, p in named if ".layers." in name and p.dim() == 2]
-    others = [p for name, p in named if ".layers." not in name or p.dim() != 2]
+    in_layers = {name for name, p in named if p.dim() == 2 and any(part.isdigit() for part in name.split("."))}
+    matrices = [p for name, p in named if name in in_layers]
+    others = [p for name, p in named if name not in in_layers]
     rate, decay = schedule.learning_rate, schedule.weight_decay
     return [
         torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
@@ -239,8 +240,8 @@ def _save(out: Path, model: Any, tokenizer: Any, settings: Pretraining, measured
 def _readme(settings: Pretraining, measured: dict[str, Any]) -> str:
     return f"""# A small base model made by dynaconv
 
-A dense Llama trained from random weights on {", ".join(settings.data.train)}, to have something to convert.
-Not good for anything else.
+A dense {settings.shape.family} model trained from random weights on {", ".join(settings.data.train)},
+to have something to convert. Not good for anything else.
 
 | parameters | training tokens | held-out loss, nats per token | seconds |
 | --- | --- | --- | --- |

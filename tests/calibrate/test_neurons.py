@@ -38,8 +38,7 @@ def fresh(folder: Path, **settings: Any) -> Any:
 @pytest.mark.parametrize("values", [False, True], ids=["exact", "mixed"])
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_budgets_are_met_while_gated(tiny_checkpoint: Maker, family: str, values: bool, means: bool) -> None:
-    model = fresh(tiny_checkpoint(family), copy=CopyLayout(4, 32, values))
-    budgets = BUDGETS if family == "llama" else [0.3, 0.4, 0.5]  # ReLU leaves nothing to spend more on
+    model, budgets = fresh(tiny_checkpoint(family), copy=CopyLayout(4, 32, values)), BUDGETS
     if means:
         prepare_means(model, budgets)
     told: list[tuple[float, float]] = []
@@ -61,13 +60,17 @@ def test_budgets_are_met_while_gated(tiny_checkpoint: Maker, family: str, values
     if not means:  # what was told is what is spent; means change once more after they were measured
         assert [one.bytes_share for one in spent] == pytest.approx([one for _, one in told[::-1]], abs=1e-6)
     for one in spent:
-        assert one.exact_share < one.active_share < 1 if values else one.exact_share == one.active_share
+        assert one.exact_share < one.active_share if values else one.exact_share == one.active_share
+    lowest = spent[:1] if family == "opt" else spent  # without a gate, low-bit values of all neurons cost less than .5
+    assert all(one.active_share < 1 for one in lowest)
 
 
 def test_a_budget_that_cannot_be_spent_takes_all_that_give_anything(tiny_checkpoint: Maker) -> None:
-    """Half of the neurons of a ReLU give nothing: whatever the budget, they need not be read."""
+    """Pruned neurons give nothing: whatever the budget, they need not be read."""
     model, told = fresh(tiny_checkpoint("opt")), []
     with torch.no_grad():
+        for ffn in model.ffns():
+            ffn.weights().down[:, ::2] = 0
         table = solve_neurons(model, BATCHES, [0.4, 0.9], measure_means=False, solved=lambda *one: told.append(one))
         model.layout = model.layout.with_dial(table, None)
         assert told[0] == (0.9, pytest.approx(score(model, BATCHES, model.policy(Dial(0.9))).bytes_share))
@@ -75,6 +78,23 @@ def test_a_budget_that_cannot_be_spent_takes_all_that_give_anything(tiny_checkpo
         ids = BATCHES[0].input_ids
         full, found, low = (model(ids, dial=dial).logits for dial in (1.0, 0.9, 0.4))
     assert float((found - full).norm()) < float((low - full).norm())
+
+
+@pytest.mark.parametrize("values", [False, True], ids=["exact", "mixed"])
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2"])
+def test_any_budget_can_be_spent(tiny_checkpoint: Maker, family: str, values: bool) -> None:
+    """Also what is left when all neurons that a ReLU lets through, or all in low bits, are on."""
+    model, budgets = fresh(tiny_checkpoint(family), copy=CopyLayout(4, 32, values)), [0.35, 0.55, 0.75, 0.9]
+    with torch.no_grad():
+        table = solve_neurons(model, BATCHES, budgets, measure_means=False)
+        model.layout = model.layout.with_dial(table, None)
+        ids = BATCHES[0].input_ids
+        full, *found = (model(ids, dial=dial).logits for dial in (1.0, *budgets))
+    assert all(low[0] >= high[0] for rows in (table.thresholds, table.exact) for low, high in pairwise(rows))
+    spent = [score(model, BATCHES, model.policy(Dial(budget))).bytes_share for budget in budgets]
+    assert spent == pytest.approx(budgets, abs=0.02)
+    errors = [float((one - full).norm()) for one in found]
+    assert errors == sorted(errors, reverse=True)
 
 
 def test_means_are_those_of_the_tokens_for_which_a_neuron_is_off(tiny_checkpoint: Maker) -> None:

@@ -18,7 +18,7 @@ from dynaconv.version import __version__
 
 DYNACONV = [sys.executable, "-c", "from dynaconv.cli.app import main; main()"]
 STAGES = ["profile", "carve", "finetune", "calibrate", "export"]
-COMMANDS = ["convert", "plan", *STAGES, "status", "dial-k", "eval", "generate", "recipes", "doctor"]
+COMMANDS = ["convert", "plan", *STAGES, "status", "dial-k", "eval", "generate", "bench", "recipes", "doctor"]
 
 
 def test_help_is_quick() -> None:

@@ -17,12 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from conftest import make_checkpoint
-from dynamic_models import dynamic_model, token_ids
+from dynamic_models import dynamic_model, neurons_model, token_ids
 from torch import Tensor
 
 from dynaconv.arch.stock import load_dense
 from dynaconv.config import EngineConfig, FinetuneConfig, RunConfig
-from dynaconv.data.windows import Windows
+from dynaconv.data.windows import Batch, Windows
+from dynaconv.profile.gated import exact_margin, prepare_means, solve_neurons
 from dynaconv.ranks import Ranks, leave
 from dynaconv.train.budget_controller import BudgetController
 from dynaconv.train.engine import Engine, build_engine
@@ -41,6 +42,8 @@ ENGINES = {
 SIZES = {"hidden": 32, "ffn": 48, "layers": 2, "heads": 2, "kv_heads": 2}
 OTHERS = (("opt", "width"), ("opt", "class"), ("llama", "curve"), ("phi3", "class"))
 
+NEURONS = (("torch", "llama"), ("zero3", "llama"), ("zero3", "opt"))
+MOVED = {"llama": ("gate_proj", "down_proj", "means"), "opt": ("fc1", "fc2", "means")}
 FROZEN = ("routers", "ffn")
 BF16 = ("torch", "zero2", "zero3")
 
@@ -79,13 +82,16 @@ class Bench:
         }
         tuning = FinetuneConfig(batch_size=8, accumulation=2, **settings)
         torch.manual_seed(ranks.rank)
-        network = dynamic_model(folder, router)
+        network = neurons_model(folder) if router == "sketch" else dynamic_model(folder, router)
+        margin = exact_margin(network) if router == "sketch" else 0.0
         choose(network, tuning.trainable)
         made = build_engine(network, RunConfig(finetune=tuning, engine=engine), ranks)
         torch.manual_seed(ranks.rank)
         windows = Windows(1 + torch.arange(4000, dtype=torch.int32) ** 2 % 61, 16)
         # A seed at which no two tokens' scores are so close that the rounding of another number of ranks swaps them.
-        return Trainer(made, tuning, windows, steps, seed=7, parent=load_dense(folder, ranks.device))
+        return Trainer(
+            made, tuning, windows, steps, seed=7, parent=load_dense(folder, ranks.device), exact_margin=margin
+        )
 
 
 def run(trainer: Trainer, start: int = 0, stop: int | None = None) -> list[dict[str, float]]:
@@ -151,6 +157,42 @@ def curves(bench: Bench) -> Iterator[tuple[str, Any]]:
         yield f"frozen/{trainable}", {"loss": gap, "weights": furthest(whole(one.engine), whole(two.engine))}
 
 
+def neurons(bench: Bench) -> Iterator[tuple[str, Any]]:
+    """Single neurons in several bits: fine-tuned, then thresholds and means from half of the text on each rank."""
+    alone = Ranks.single("cpu")
+    for name, family in NEURONS:
+        folder = bench.checkpoint(family)
+        one, two = (
+            bench.trainer(folder, engine, ranks, FEW, "sketch")
+            for engine, ranks in ((EngineConfig(), alone), (ENGINES[name], bench.ranks))
+        )
+        pairs = list(zip(run(one), run(two), strict=True))
+        gaps = {key: max(abs(a[key] - b[key]) for a, b in pairs) for key in ("loss_full", "kl_dial", "share_spent")}
+        start = whole(bench.trainer(folder, EngineConfig(), alone, FEW, "sketch").engine)
+        weights, moved = (
+            whole(one.engine),
+            {part: furthest_of(part, whole(one.engine), start) for part in MOVED[family]},
+        )
+        yield f"neurons/{name}-{family}", gaps | {"weights": furthest(weights, whole(two.engine)), "moved": moved}
+    text = Batch(token_ids(8, 24))
+    half = text.rows(4 * bench.ranks.rank, 4 * bench.ranks.rank + 4)
+    tables = []
+    for batch, ranks in ((text, alone), (half, bench.ranks)):
+        model = neurons_model(bench.checkpoint("llama"), means=())
+        prepare_means(model, [0.3, 0.6])
+        with torch.no_grad():
+            table = solve_neurons(model, [batch], [0.3, 0.6], measure_means=True, ranks=ranks)
+        tables.append(
+            torch.cat([torch.tensor(table.thresholds).flatten(), *(f.means.detach().flatten() for f in model.ffns())])
+        )
+    yield "neurons/solved", float((tables[0] - tables[1]).abs().max())
+
+
+def furthest_of(part: str, some: dict[str, Tensor], others: dict[str, Tensor]) -> float:
+    """How far the tensors with ``part`` in their name lie apart."""
+    return furthest(*({name: tensor for name, tensor in each.items() if part in name} for each in (some, others)))
+
+
 def resumed(bench: Bench) -> Iterator[tuple[str, Any]]:
     """Every engine stopped after half of its steps, and gone on with by another one."""
     folder = bench.checkpoint("llama", attention_dropout=0.1)
@@ -185,7 +227,7 @@ def main() -> None:
     torch.set_num_threads(1)
     ranks = Ranks.from_environment()
     bench, found = Bench(Path(sys.argv[1]), ranks), dict[str, Any]()
-    for check in (curves, resumed, starved):
+    for check in (curves, neurons, resumed, starved):
         found |= dict(check(bench))
     if ranks.main:
         (bench.folder / "found.json").write_text(json.dumps(found))

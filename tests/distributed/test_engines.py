@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.checks import BF16, ENGINES, FEW, FROZEN, OTHERS, STEPS, Bench, furthest, run, whole
+from distributed.checks import BF16, ENGINES, FEW, FROZEN, NEURONS, OTHERS, STEPS, Bench, furthest, run, whole
 
 from dynaconv.config import EngineConfig
 from dynaconv.errors import ArtifactError
@@ -63,6 +63,17 @@ def test_every_way_of_storing_a_network_can_be_taken_apart(found: dict[str, Any]
 
 def test_two_ranks_reproduce_one_with_routed_experts(found: dict[str, Any]) -> None:
     assert {name: gap for name, gap in found["routed"].items() if gap > 1e-4} == {}
+
+
+@pytest.mark.parametrize("which", ["-".join(names) for names in NEURONS])
+def test_two_ranks_reproduce_one_with_single_neurons(found: dict[str, Any], which: str) -> None:
+    gaps = found[f"neurons/{which}"]
+    assert min(gaps.pop("moved").values()) > 3e-4, "what is compared was trained"
+    assert {name: gap for name, gap in gaps.items() if gap > 1e-4} == {}
+
+
+def test_thresholds_and_means_of_neurons_come_from_the_text_of_all_ranks(found: dict[str, Any]) -> None:
+    assert found["neurons/solved"] < 1e-5
 
 
 @pytest.mark.parametrize("trainable", FROZEN)

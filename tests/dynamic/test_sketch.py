@@ -22,7 +22,7 @@ from dynaconv import Dial
 from dynaconv.dynamic.few_bits import FewBitCopy
 from dynaconv.dynamic.layout import CopyLayout, RouterLayout
 from dynaconv.dynamic.recorder import Recorder
-from dynaconv.dynamic.routers.sketch import SMALLEST, SketchRouter
+from dynaconv.dynamic.routers.sketch import SMALLEST, SketchRouter, blurred
 from dynaconv.kernels.choice import Subset
 from dynaconv.kernels.codes import Codes
 from dynaconv.kernels.partition import Partition
@@ -53,31 +53,38 @@ def read(matrix: Tensor, bits: int) -> Tensor:
     return Codes.of(matrix, 4, 5).values(bits)
 
 
+def seen(weights: FFNWeights, x: Tensor, part: str, bits: int) -> Tensor:
+    """What the activation sees of ``part`` in ``bits`` bits, softened where it is flat below 0."""
+    matrix, bias = (weights.gate, weights.gate_bias) if part == "gate" else (weights.up, weights.up_bias)
+    assert matrix is not None
+    found = x @ read(matrix, bits).T + (0 if bias is None else bias)
+    if float(weights.activation(torch.tensor(-1.0))):
+        return found
+    error = (read(matrix, bits) - matrix).square().mean().sqrt() * x.norm(dim=-1, keepdim=True)
+    return (found.double() + (found.double().square() + error.double().square()).sqrt()).float() / 2
+
+
 def first_look(weights: FFNWeights, x: Tensor, bits: int, up_mean: Tensor) -> Tensor:
     """Scores of the first look in ``bits`` bits, from the definition."""
-    matrix, bias = (weights.up, weights.up_bias) if weights.gate is None else (weights.gate, weights.gate_bias)
-    given = weights.activation(x @ read(matrix, bits).T + (0 if bias is None else bias)).abs() * weights.down.norm(
-        dim=0
-    )
-    return (given if weights.gate is None else given * up_mean * x.norm(dim=-1, keepdim=True)).clamp_min(SMALLEST).log()
+    given = weights.activation(seen(weights, x, "up" if weights.gate is None else "gate", bits)).abs()
+    sizes = weights.down.norm(dim=0) * (1 if weights.gate is None else up_mean * x.norm(dim=-1, keepdim=True))
+    return (given * sizes).clamp_min(SMALLEST).log()
 
 
 def second_look(weights: FFNWeights, x: Tensor, bits: int) -> Tensor:
     """Scores of the second look in ``bits`` bits, from the definition."""
-    given = x @ read(weights.up, bits).T + (0 if weights.up_bias is None else weights.up_bias)
-    if weights.gate is None:
-        given = weights.activation(given)
-    else:
-        gate = x @ read(weights.gate, bits).T + (0 if weights.gate_bias is None else weights.gate_bias)
-        given = weights.activation(gate) * given
+    given = weights.activation(seen(weights, x, "up" if weights.gate is None else "gate", bits))
+    if weights.gate is not None:
+        given = given * (x @ read(weights.up, bits).T + (0 if weights.up_bias is None else weights.up_bias))
     return (given.abs() * weights.down.norm(dim=0)).clamp_min(SMALLEST).log()
 
 
+@pytest.mark.parametrize("activation", [1, 2], ids=["gelu", "relu"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("coarse", [1, 2, 3])
-def test_scores_are_what_neurons_would_give(coarse: int, gated: bool, bias: bool) -> None:
-    weights, x = network(gated=gated, bias=bias, activation=1), tokens()
+def test_scores_are_what_neurons_would_give(coarse: int, gated: bool, bias: bool, activation: int) -> None:
+    weights, x = network(gated=gated, bias=bias, activation=activation), tokens()
     router = sketch(weights, coarse=coarse)
     first = first_look(weights, x, coarse, router.up_mean) + 0.7
     scores = router(x)
@@ -104,12 +111,13 @@ def test_any_precision(tiny_checkpoint: Maker, dtype: torch.dtype) -> None:
     reach=st.sampled_from([0.0, 0.3, 2.0, 50.0]),
     coarse=st.integers(1, 3),
     gated=st.booleans(),
+    activation=st.sampled_from([0, 2]),
     seed=st.integers(0, 50),
 )
 def test_two_looks_leave_out_what_either_leaves_out(
-    threshold: float, reach: float, coarse: int, gated: bool, seed: int
+    threshold: float, reach: float, coarse: int, gated: bool, activation: int, seed: int
 ) -> None:
-    weights, x = network(seed, gated=gated), tokens(seed=seed)
+    weights, x = network(seed, gated=gated, activation=activation), tokens(seed=seed)
     router = sketch(weights, bits=3, coarse=coarse, reach=reach)
     choice = router.choose(router(x), threshold)
     assert isinstance(choice, Subset)
@@ -123,7 +131,9 @@ def test_two_looks_leave_out_what_either_leaves_out(
 
 
 def test_one_threshold_a_token_and_both_ends() -> None:
-    router, x = sketch(network(activation=2)), tokens()  # relu: many neurons give exactly nothing
+    weights, x = network(activation=2), tokens()
+    weights.down[:, 3] = 0  # gives exactly nothing
+    router = sketch(weights)
     scores = router(x)
     assert bool(scores.isfinite().all()) and float(scores.min()) < math.log(SMALLEST) + 1
     lowest, highest = router.threshold_range()
@@ -135,6 +145,30 @@ def test_one_threshold_a_token_and_both_ends() -> None:
     found = router.choose(scores, each)
     for row, threshold in enumerate(each.tolist()):
         assert torch.equal(found.mask(NEURONS)[row], router.choose(scores[row], threshold).mask(NEURONS))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_neurons_that_a_relu_puts_at_0_are_told_apart(gated: bool) -> None:
+    """Those that rounding may have put there come first, and they come after those that give something."""
+    weights, x = network(gated=gated, activation=2), tokens()
+    compared, looked = sketch(weights, reach=50.0).parts(sketch(weights, reach=50.0)(x))
+    matrix = weights.up if weights.gate is None else weights.gate
+    assert matrix is not None
+    active = x @ matrix.T > 0
+    below = x @ read(matrix, 3).T < 0
+    assert bool((active & below).any()), "rounding moved something across"
+    for scores in (compared, looked):
+        assert float(scores.min()) > math.log(SMALLEST) / 2
+    assert float(compared[active & below].mean()) > float(compared[below & ~active].mean()) + 0.3
+
+
+@given(st.floats(-1e4, 1e4), st.floats(0, 1e3))
+def test_blurred_is_relu_give_or_take_a_width(value: float, width: float) -> None:
+    found = float(blurred(torch.tensor([value]), torch.tensor([width])))
+    value, width = (float(torch.tensor(one)) for one in (value, width))
+    assert max(value, 0.0) <= found <= max(value, 0.0) + width / 2 + 1e-6 * abs(value)
+    exact = width**2 / (abs(value) + math.hypot(value, width)) / 2 if width else 0.0
+    assert found - max(value, 0.0) == pytest.approx(exact, rel=1e-5, abs=1e-6 * max(value, 1e-20))
 
 
 def test_the_offset_moves_every_score_alike() -> None:

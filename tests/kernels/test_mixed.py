@@ -50,11 +50,11 @@ def by_neuron(x: Tensor, choice: Subset, weights: FFNWeights, low: FFNWeights, m
         for neuron in range(F):
             if choice.exact[token, neuron]:
                 found[token] += given[token, neuron] * weights.down[:, neuron]
-            elif choice.on[token, neuron]:
-                found[token] += few[token, neuron] * low.down[:, neuron]
-            elif mean is not None:
-                value = mean[neuron] if mean.dim() == 1 else mean[token, neuron]
-                found[token] += value * weights.down[:, neuron]
+                continue
+            value = torch.zeros(()) if mean is None else mean[neuron] if mean.dim() == 1 else mean[token, neuron]
+            found[token] += value * weights.down[:, neuron]
+            if choice.on[token, neuron]:
+                found[token] += (few[token, neuron] - value) * low.down[:, neuron]
     return found
 
 
@@ -85,7 +85,7 @@ def test_one_tier_alone() -> None:
     exact = blocked_ffn(ffn, x, Subset(choice.on, choice.on))
     assert torch.equal(exact, blocked_ffn(ffn, x, Subset(choice.on))), "all exact is no third tier"
     few = linear(hidden_neurons(x, low), low.down, weights.down_bias)
-    torch.testing.assert_close(blocked_ffn(ffn, x, Subset(every, ~every)), few)
+    torch.testing.assert_close(blocked_ffn(replace(ffn, mean=None), x, Subset(every, ~every)), few)
     off = linear(mean.expand(M, F), weights.down, weights.down_bias)
     torch.testing.assert_close(blocked_ffn(ffn, x, Subset(~every, ~every)), off)
     full = linear(hidden_neurons(x, weights), weights.down, weights.down_bias)
@@ -122,13 +122,14 @@ def test_gradients_are_straight_through_and_reach_means(means: bool) -> None:
     exact_leaves = {name: getattr(base, name).clone().requires_grad_() for name in ("gate", "up", "down")}
     exact, low = base._replace(**exact_leaves), base._replace(**low_leaves)
     given = hidden_neurons(x, exact) * choice.exact
-    few = hidden_neurons(x, low) * (choice.on & ~choice.exact)
-    off = 0 if mean is None else mean.detach() * ~choice.on
-    ((linear(given + off, exact.down) + linear(few, low.down)) * target).sum().backward()
+    some, average = choice.on & ~choice.exact, torch.zeros(F) if mean is None else mean.detach()
+    few = (hidden_neurons(x, low) - average) * some
+    ((linear(given + average * ~choice.exact, exact.down) + linear(few, low.down)) * target).sum().backward()
     for name, leaf in leaves.items():
         torch.testing.assert_close(leaf.grad, exact_leaves[name].grad + low_leaves[name].grad)
     if mean is not None:
-        torch.testing.assert_close(mean.grad, ((target @ base.down) * ~choice.on).sum(0))
+        given_up = (target @ base.down) * ~choice.exact - (target @ rounded.down) * some
+        torch.testing.assert_close(mean.grad, given_up.sum(0))
 
 
 def test_soft_choices_lie_between_mean_and_neuron() -> None:

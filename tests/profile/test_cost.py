@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 from dynaconv.arch.checkpoint import Checkpoint
@@ -51,10 +52,11 @@ print(json.dumps({size: profile(large, int(size), before) for size in sys.argv[5
 """
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_profiling_holds_no_more_than_it_said(
-    tiny_checkpoint: Callable[..., Path], text_file: Path, tmp_path: Path
+    dtype: torch.dtype, tiny_checkpoint: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
-    dense = [tiny_checkpoint(ffn=ffn, layers=1) for ffn in (1024, NEURONS)]
+    dense = [tiny_checkpoint(ffn=ffn, layers=1, dtype=dtype) for ffn in (1024, NEURONS)]
     command = [sys.executable, "-c", PROFILE, *map(str, (*dense, text_file, tmp_path / "out", 1000, 16, 1, 0))]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode == 0, ran.stderr
@@ -65,6 +67,14 @@ def test_profiling_holds_no_more_than_it_said(
         assert (sample if int(block_size) else 0) < found["grown"] < found["estimate"] + 3e7, block_size
         if int(block_size):  # of single neurons so little is kept that buffers of reading make up the estimate
             assert found["estimate"] < 2 * found["grown"], block_size
+
+
+def test_what_is_computed_in_bf16_takes_half_the_memory(tiny_checkpoint: Callable[..., Path], monkeypatch) -> None:
+    checkpoint, peaks = Checkpoint.open(tiny_checkpoint(ffn=16384, dtype=torch.bfloat16)), []
+    for known in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda known=known: known)
+        peaks.append(profile_estimate(RunConfig(experts="neurons"), checkpoint).peak_bytes)
+    assert peaks[1] < 0.6 * peaks[0]
 
 
 def test_the_estimate_grows_with_the_number_of_blocks(tiny_checkpoint: Callable[..., Path]) -> None:

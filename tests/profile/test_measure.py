@@ -22,9 +22,9 @@ NESTED, ROUTED = nested_partition(96, 4), routed_partition(96, 24)
 
 
 def measured(
-    folder, sample: Sample, order: str = "importance", weights=None, experts: str = "nested"
+    folder, sample: Sample, order: str = "importance", weights=None, experts: str = "nested", dtype=None
 ) -> list[dict[str, torch.Tensor]]:
-    stream = LayerStream(Checkpoint.open(folder), CPU)
+    stream = LayerStream(Checkpoint.open(folder), CPU, dtype=dtype)
     hidden = stream.embed(sample.batches)
     return [
         measure_layer(
@@ -138,6 +138,27 @@ def test_padding_never_counts(family: str, experts: str, tiny_checkpoint) -> Non
     for one, other in zip(*both, strict=True):
         for name in one:
             torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("experts", ["nested", "routed", "neurons"])
+def test_statistics_do_not_depend_on_how_many_tokens_pass_at_once(experts: str, tiny_checkpoint) -> None:
+    folder, whole = tiny_checkpoint(), Sample.of([padded(documents()), padded(documents()[:3])], 0.7)
+    pieces = whole.in_pieces(48)
+    assert [len(batch.input_ids) for batch in pieces.batches] == [2, 2, 2, 2, 1]
+    assert [len(batch.input_ids) for batch in whole.in_pieces(1).batches] == [1] * 9
+    for one, other in zip(*(measured(folder, sample, experts=experts) for sample in (whole, pieces)), strict=True):
+        for name in one.keys() - {"level", "up_mean"}:  # those count one token in some, of each piece
+            torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("experts", ["nested", "neurons"])
+def test_statistics_in_bf16_are_nearly_those_in_float32(experts: str, tiny_checkpoint) -> None:
+    folder, sample = tiny_checkpoint(dtype=torch.bfloat16), Sample.of([padded(documents())], 1.0)
+    both = (measured(folder, sample, experts=experts, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    for one, other in zip(*both, strict=True):
+        for name in one.keys() - {"order", "curve_quantiles"}:
+            assert other[name].dtype == torch.float32
+            assert float((other[name] - one[name]).abs().max() / one[name].abs().max()) < 0.02, name
 
 
 def test_curves_are_measured_on_the_first_share_of_the_windows() -> None:

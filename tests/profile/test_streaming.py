@@ -11,7 +11,7 @@ from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.data.windows import Batch
 from dynaconv.errors import CheckpointError
 from dynaconv.profile import streaming
-from dynaconv.profile.streaming import LayerStream
+from dynaconv.profile.streaming import LayerStream, quick_dtype
 
 CPU = torch.device("cpu")
 VARIANTS = [
@@ -164,3 +164,20 @@ def test_nan_names_the_weight(name: str, tiny_checkpoint) -> None:
         stream = LayerStream(Checkpoint.open(folder), CPU)
         text = [Batch(torch.arange(20)[None])]  # token 0 too: other rows of the embedding are not read
         stream.loss([trail[-1] for trail in streamed(stream, text)], text)
+
+
+def test_measurements_are_quick_where_the_cpu_multiplies_bf16(tiny_checkpoint, monkeypatch) -> None:
+    half, single = (Checkpoint.open(tiny_checkpoint(dtype=dtype)) for dtype in (torch.bfloat16, torch.float32))
+    for known in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda known=known: known)
+        assert quick_dtype(half, CPU) == (torch.bfloat16 if known else torch.float32)
+        assert quick_dtype(single, CPU) == torch.float32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_computed_in_bf16_the_loss_is_nearly_the_same(family: str, tiny_checkpoint) -> None:
+    checkpoint, text = Checkpoint.open(tiny_checkpoint(family, dtype=torch.bfloat16)), batches()
+    exact, quick = (LayerStream(checkpoint, CPU, dtype=dtype) for dtype in (None, torch.bfloat16))
+    losses = [stream.loss([trail[-1] for trail in streamed(stream, text)], text) for stream in (exact, quick)]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)

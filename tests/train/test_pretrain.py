@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.artifacts.files import sha256
 from dynaconv.config import DataConfig
 from dynaconv.data.split import split_documents
@@ -55,6 +56,18 @@ def test_it_learns_and_twice_gives_the_same_bytes(settings: Pretraining, tmp_pat
     ):
         assert sha256(tmp_path / "a" / name) == sha256(tmp_path / "b" / name), name
     assert sha256(tmp_path / "a" / "model.safetensors") != sha256(tmp_path / "c" / "model.safetensors")
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "opt"])
+def test_other_families_learn_and_convert(family: str, settings: Pretraining, tmp_path: Path) -> None:
+    shape = dataclasses.replace(MICRO, family=family, kv_heads=2)
+    schedule = dataclasses.replace(SHORT, tokens=4096, validation_tokens=512)
+    made = pretrain(tmp_path / "base", dataclasses.replace(settings, shape=shape, schedule=schedule), QUIET)
+    untrained = dataclasses.replace(settings, shape=shape, schedule=dataclasses.replace(schedule, tokens=1))
+    assert made["validation_loss"] < pretrain(tmp_path / "start", untrained, QUIET)["validation_loss"] - 0.3
+    checkpoint = Checkpoint.open(tmp_path / "base")
+    assert checkpoint.family.model_type == family
+    assert (checkpoint.layers, checkpoint.sizes["ffn"], checkpoint.sizes["residual"]) == (2, 64, 32)
 
 
 def test_two_threads_give_the_same_bytes_too(settings: Pretraining, tmp_path: Path) -> None:
@@ -127,9 +140,11 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
         ({"kv_heads": 3, "heads": 4}, "multiple of kv_heads"),
         ({"layers": 0, "ffn": 0}, "2 mistakes"),
         ({"vocabulary": 100}, "256 bytes"),
+        ({"family": "opt"}, "kv_heads"),
+        ({"family": "bert"}, "llama, qwen3, gpt2, opt"),
     ],
 )
-def test_sizes_that_cannot_be(settings: Pretraining, tmp_path: Path, change: dict[str, int], message: str) -> None:
+def test_sizes_that_cannot_be(settings: Pretraining, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     wrong = dataclasses.replace(settings, shape=dataclasses.replace(MICRO, **change))
     with pytest.raises(ConfigError, match=message):
         pretrain(tmp_path / "base", wrong, QUIET)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from dynamic_models import SELF_TAUGHT, dynamic_model, token_ids
+from dynamic_models import SELF_TAUGHT, dynamic_model, neurons_model, token_ids
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -17,7 +17,8 @@ from dynaconv.arch.checkpoint import Checkpoint
 from dynaconv.config import FinetuneConfig
 from dynaconv.data.windows import Windows
 from dynaconv.dynamic.modeling import load
-from dynaconv.dynamic.policy import Uniform
+from dynaconv.dynamic.policy import ByThreshold, Uniform
+from dynaconv.profile.gated import exact_margin
 from dynaconv.ranks import Ranks
 from dynaconv.train.budget_controller import BudgetController
 from dynaconv.train.engine import TorchEngine
@@ -30,6 +31,8 @@ Maker = Callable[..., Path]
 CONFIG = FinetuneConfig(
     **SELF_TAUGHT, batch_size=4, learning_rate=3e-3, router_learning_rate=3e-2, warmup_steps=1, uniform_share=0.25
 )
+
+NEURONS: dict[str, Any] = {"router": "sketch", "budgets": [0.3, 0.7], "uniform_share": 0.0}
 
 
 def carved(parent: Path, folder: Path) -> Path:
@@ -46,6 +49,12 @@ def tuned(folder: Path, config: FinetuneConfig, steps: int = 6) -> tuple[Any, To
     windows = Windows(torch.arange(1, 60).repeat(30).int(), 16)
     Trainer(engine, config, windows, steps, seed=3).run(0, lambda step, found: None)
     return engine.network.eval(), engine
+
+
+def logits_under(model: Any, policy: Any, ids: Tensor) -> Tensor:
+    with model.call.using(policy):
+        logits: Tensor = model(ids).logits
+    return logits
 
 
 def state(model: Any) -> dict[str, Tensor]:
@@ -100,6 +109,40 @@ def test_merged_adapters_are_the_adapted_model(tiny_checkpoint: Maker, tmp_path:
             assert torch.equal(ffn.router.state_dict()[name], value)
     counted = sum(p.numel() for n, p in adapted.named_parameters() if ".lora_" in n)
     assert trained(config, parent) == counted
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_adapters_of_neurons_with_low_bit_values_train_merge_and_load(
+    tiny_checkpoint: Maker, tmp_path: Path, family: str
+) -> None:
+    """Adapted modules compute exact values; merged, the same weights are read in low bits again."""
+    pytest.importorskip("peft")
+    parent, folder, ids = tiny_checkpoint(family), tmp_path / "carved", token_ids()
+    neurons_model(parent, means=(0.3, 0.7)).save_pretrained(folder)
+    config = replace(CONFIG, **NEURONS, trainable="lora", lora_rank=4, lora_alpha=8.0)
+    engine = TorchEngine(trainable_model(folder, config), config, Ranks.single("cpu"))
+    before, windows = state(engine.network), Windows(torch.arange(1, 60).repeat(30).int(), 16)
+    made = Trainer(engine, config, windows, 8, seed=3, exact_margin=exact_margin(engine.network))
+    engine.model.train()
+    losses = [made.step(step)["loss_full"] for step in range(8)]
+    assert losses[-1] < losses[0] - 0.1
+    adapted, out = engine.network.eval(), tmp_path / "out"
+    write_checkpoint(engine, folder, out, 1 << 30)
+    changed = {name for name, value in adapted.state_dict().items() if not torch.equal(value, before[name])}
+    assert all(".lora_" in name or name.endswith("means") for name in changed)
+    assert any(name.endswith("means") for name in changed)
+    stock, dynamic = AutoModelForCausalLM.from_pretrained(out).eval(), load(out).eval()
+    with torch.no_grad():
+        full = adapted(ids).logits
+        torch.testing.assert_close(stock(ids).logits, full, rtol=0, atol=2e-5)
+        torch.testing.assert_close(dynamic(ids).logits, stock(ids).logits, rtol=0, atol=0)
+        some = torch.full((2,), -2.0)
+        low, exact = (
+            logits_under(dynamic, policy, ids) for policy in (ByThreshold(some, exact=some + 1), ByThreshold(some))
+        )
+    assert 0 < float((low - exact).norm()) < float((exact - full).norm()), "merged, they have low-bit values again"
+    for ffn, other in zip(dynamic.ffns(), adapted.ffns(), strict=True):
+        assert torch.equal(ffn.means, other.means)
 
 
 def test_only_adapters_and_routers_are_trained(tiny_checkpoint: Maker, tmp_path: Path) -> None:
