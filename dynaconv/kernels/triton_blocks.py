@@ -26,7 +26,6 @@ from dynaconv.kernels.triton_decode import COLUMNS, down_and_sum, plan
 from dynaconv.kernels.triton_support import (
     DECODE_TOKENS,
     activation_code,
-    all_off,
     down_rows,
     inference_on_gpu,
     interpreted,
@@ -48,14 +47,12 @@ def can_run(ffn: BlockedFFN, x: Tensor, choice: Choice) -> tuple[bool, str]:
         return refused
     if activation_code(ffn.weights.activation) is None:
         return False, "there is no kernel for the activation"
-    if ffn.low is not None:
-        return False, "blocks with low-bit values are computed where they are chosen"
+    if ffn.low is not None or ffn.mean is not None:
+        return False, "low-bit values, and means of neurons that are off, are computed where neurons are chosen"
     if len(x) <= DECODE_TOKENS:
         return True, "few tokens on a GPU: only neurons in use are read"
     if not isinstance(choice, Prefix):
         return False, f"more than {DECODE_TOKENS} tokens with blocks of their own: dense and masked is as fast"
-    if ffn.mean is not None and ffn.mean.dim() == 2:
-        return False, "tokens have means of their own"
     return True, "tokens use the first blocks, on a GPU"
 
 
@@ -70,7 +67,7 @@ def listed_ffn(ffn: BlockedFFN, x: Tensor, choice: Choice) -> Tensor:
     from dynaconv.kernels.triton_values import chosen_kernel
 
     assert isinstance(choice, Prefix | Subset)
-    x, weights, mean = x.contiguous(), ffn.weights, ffn.mean
+    x, weights = x.contiguous(), ffn.weights
     (count, columns), neurons = x.shape, ffn.partition.neurons
     output = torch.empty_like(x)
     if count == 0:
@@ -84,12 +81,11 @@ def listed_ffn(ffn: BlockedFFN, x: Tensor, choice: Choice) -> Tensor:
         x, on, 0 if on is None else on.shape[1], None if by_neuron else _block_of(ffn.partition, x.device),
         _stops(ffn.partition, choice) if isinstance(choice, Prefix) else None,
         weights.gate, weights.up, weights.gate_bias, weights.up_bias, weights.up.stride(0),
-        mean, mean.stride(0) if mean is not None and mean.dim() == 2 else 0,
         lists, flags, given, count, columns, neurons, sizes.tiles,
         ACTIVATION=activation_code(weights.activation), TOKENS=sizes.tokens, TILE=sizes.tile, ROWS=sizes.exact_rows,
         COLUMNS=COLUMNS, EVEN=sizes.even, num_warps=1,
     )  # fmt: skip
-    down_and_sum(sizes, down_rows(weights), given, output, all_off(weights, mean))
+    down_and_sum(sizes, down_rows(weights), given, output, weights.down_bias)
     return output
 
 
@@ -99,7 +95,7 @@ def staircase_ffn(ffn: BlockedFFN, x: Tensor, choice: Choice) -> Tensor:
     from dynaconv.kernels.triton_staircase import activations_kernel, down_kernel
 
     assert isinstance(choice, Prefix)
-    x, weights, mean = x.contiguous(), ffn.weights, ffn.mean
+    x, weights = x.contiguous(), ffn.weights
     (count, columns), neurons = x.shape, ffn.partition.neurons
     output = torch.empty_like(x)
     if count == 0:
@@ -112,13 +108,13 @@ def staircase_ffn(ffn: BlockedFFN, x: Tensor, choice: Choice) -> Tensor:
     launch |= {"num_warps": 4 if exact else 8, "num_stages": 2 if exact else 3}
     tiles = -(-count // tile["ROWS"])
     activations_kernel[(tiles, -(-neurons // tile["NEURONS"]))](
-        x, order, stops, weights.gate, weights.up, weights.gate_bias, weights.up_bias, weights.up.stride(0), mean,
+        x, order, stops, weights.gate, weights.up, weights.gate_bias, weights.up_bias, weights.up.stride(0),
         hidden, count, columns, neurons, ACTIVATION=activation_code(weights.activation), NEURONS=tile["NEURONS"],
         EVEN=columns % tile["DEPTH"] == 0, **launch,
     )  # fmt: skip
     down = weights.down
     down_kernel[(tiles, -(-columns // tile["COLUMNS"]))](
-        hidden, order, stops, down, down.stride(0), down.stride(1), all_off(weights, mean), output, count, columns,
+        hidden, order, stops, down, down.stride(0), down.stride(1), weights.down_bias, output, count, columns,
         neurons, COLUMNS=tile["COLUMNS"], EVEN=neurons % tile["DEPTH"] == 0, **launch,
     )  # fmt: skip
     return output

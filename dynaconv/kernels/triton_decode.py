@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynaconv.kernels.triton_support import TOKENS, power_of_two
+from dynaconv.kernels.triton_support import TOKENS, power_of_two, row_stride
 
 SPLITS = 64
 """Splits of the tiles in the down projection, each summed by programs of its own."""
@@ -80,19 +80,21 @@ def down_and_sum(
     rows: Tensor,
     given: Tensor,
     output: Tensor,
-    base: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None = None,
     low: tuple[Tensor, Tensor, Tensor, int] | None = None,
     counts: Tensor | None = None,
     counted: Tensor | None = None,
 ) -> None:
-    """Writes ``output`` (M, D): ``base``, and what neurons add.
+    """Writes ``output`` (M, D): ``base``, ``bias``, and what neurons add.
 
     Args:
         sizes: Of the call.
         rows: Down, (F, D), a neuron a row.
         given: ``(1, M, S, B)`` float32, what each neuron adds of its row; ``(2, M, S, B)`` where ``low`` is given.
         output: Written.
-        base: The output with all neurons off, (D,) or (M, D) float32.
+        bias: Of down, (D,).
+        base: What is added to that, (D,) or (M, D).
         low: Words, scales and units of down in few bits, and the bits of a field.
         counts: ``(M, S, 3)`` int32, summed into ``counted`` (M, 3).
         counted: Written.
@@ -120,6 +122,6 @@ def down_and_sum(
         )  # fmt: skip
     places = max(3, -(-columns // 128))  # three programs of a token sum a kind of counts each
     sum_kernel[(places, count)](
-        partial, base, columns if base is not None and base.dim() == 2 else 0, output, counts, counted, count, columns,
+        partial, base, row_stride(base), bias, output, counts, counted, count, columns,
         sizes.tiles, PARTS=parts, COLUMNS=128, STEP=256, num_warps=1,
     )  # fmt: skip

@@ -111,10 +111,10 @@ def low_down_kernel(
 
 @triton.jit
 def sum_kernel(
-    partial, all_off, all_off_stride, output, counts, counted, M, D, tiles,
+    partial, base, base_stride, bias, output, counts, counted, M, D, tiles,
     PARTS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Output (M, D) of one token: what it is with all neurons off, and the sum of PARTS partial ones.
+    """Output (M, D) of one token: its ``base`` (D,) or (M, D), ``bias`` (D,), and the sum of PARTS partial ones.
 
     The first three programs of a token add up a kind of its ``counts`` (M, S, 3) each, where there are any, to
     ``counted`` (M, 3).
@@ -125,8 +125,10 @@ def sum_kernel(
     total = tl.zeros([COLUMNS], tl.float32)
     for part in tl.range(0, PARTS, loop_unroll_factor=8):
         total += tl.load(partial + (part * M + token) * D + column, mask=inside, other=0.0)
-    if all_off is not None:
-        total += tl.load(all_off + token * all_off_stride + column, mask=inside, other=0.0)
+    if base is not None:
+        total += tl.load(base + token * base_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(output + token * D + column, total.to(output.dtype.element_ty), mask=inside)
     kind = tl.program_id(0)
     if counts is not None:  # noqa: SIM102 - known when this is compiled; the next, when it runs

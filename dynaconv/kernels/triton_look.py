@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import importlib
 
-from dynaconv.kernels.triton_parts import activate, append, first_dots, more_dots
+from dynaconv.kernels.triton_parts import activate, append, blurred, first_dots, more_dots
 from dynaconv.kernels.triton_values import exact_values, low_values
 
 triton = importlib.import_module("triton")  # no import statement: models must load where it is not installed
@@ -51,7 +51,7 @@ def prepare_kernel(x, xt, norm, D, W, BLOCK: tl.constexpr):
 
 @triton.jit
 def sketched_kernel(
-    x, xt, norm, level, exact_level, mean, mean_stride,
+    x, xt, norm, level, exact_level, rounding, mean, mean_stride,
     gate, up, gate_bias, up_bias, weight_stride,
     gate_words, gate_more, gate_rest, gate_scales, gate_units,
     up_words, up_more, up_rest, up_scales, up_units,
@@ -69,6 +69,7 @@ def sketched_kernel(
 
         x: ``(M, D)``; ``xt`` and ``norm`` as :func:`prepare_kernel` writes them.
         level: ``(M,)`` float32; ``exact_level`` likewise, or None.
+        rounding: ``(2,)`` float32, or None: what the activation is given is not blurred.
         mean: ``(F,)``, with ``mean_stride`` 0, or ``(M, F)``, or None.
         gate: ``(F, D)`` with rows ``weight_stride`` apart, or None; ``up`` likewise.
         gate_words: Fields of the first look, of BITS bits; ``gate_more`` of the second, MORE bits; ``gate_rest`` of
@@ -111,6 +112,8 @@ def sketched_kernel(
         dot = base + middle * (((1 << (PLANES - COARSE)) - 1) * 0.5)
         if bias is not None:
             dot += tl.load(bias + neuron, mask=there, other=0.0).to(tl.float32)[None, :]
+        if rounding is not None:
+            dot = blurred(dot, tl.load(rounding) * size[:, None])
         weight = tl.load(looked + neuron, mask=there, other=0.0)[None, :]
         if gate is not None:
             weight *= size[:, None]
@@ -171,10 +174,14 @@ def sketched_kernel(
         result = up_dot + middle * HALF
         if up_bias is not None:
             result += tl.load(up_bias + neuron, mask=there, other=0.0).to(tl.float32)[None, :]
+        if gate is None:
+            gated = result
+        if rounding is not None:
+            gated = blurred(gated, tl.load(rounding + 1) * size[:, None])
+        gated = activate(gated, ACTIVATION)
         if gate is not None:
-            result *= activate(gated, ACTIVATION)
-        else:
-            result = activate(result, ACTIVATION)
+            gated *= result
+        result = gated
         second = tl.abs(result) * tl.load(norms + neuron, mask=there, other=0.0)[None, :]
         second = tl.maximum(second, 1e-30, tl.PropagateNan.ALL)
         on = (first > limit[:, None]) & (second > limit[:, None]) & keep
@@ -213,6 +220,6 @@ def sketched_kernel(
     if exact_level is not None:
         low_values(
             xt, gate is not None, gate_bias, up_bias, gate_rest, gate_scales, gate_units, up_rest, up_scales, up_units,
-            mean, mean_stride, lists + 2 * cells + cell, low_listed, values + 4 * slot, slot, given, given + slot,
+            mean, mean_stride, lists + 2 * cells + cell, low_listed, values + 4 * slot, slot, given + slot,
             home, token, token_ok, tile, tiles, W, REST, ACTIVATION, TOKENS, ROWS, LANES,
         )  # fmt: skip

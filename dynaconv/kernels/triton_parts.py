@@ -29,6 +29,14 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def blurred(seen, width):
+    """``(seen + sqrt(seen**2 + width**2)) / 2``, computed so that nothing cancels."""
+    square = width * width
+    both = tl.maximum(tl.abs(seen) + tl.sqrt(seen * seen + square), 1e-30, tl.PropagateNan.ALL)
+    return tl.maximum(seen, 0.0, tl.PropagateNan.ALL) + square / both / 2
+
+
+@triton.jit
 def append(taken, count):
     """Positions in a list of what is ``taken`` (R,), behind the ``count`` that it has, and how many it has then."""
     ones = taken.to(tl.int32)

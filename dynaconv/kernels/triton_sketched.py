@@ -23,10 +23,10 @@ from dynaconv.kernels.triton_pack import Packed, can_pack, lanes, pack, pack_row
 from dynaconv.kernels.triton_support import (
     DECODE_TOKENS,
     activation_code,
-    all_off,
     down_rows,
     inference_on_gpu,
     power_of_two,
+    row_stride,
 )
 
 MAX_REGISTERS = {1: 192, 2: 255, 4: 255}
@@ -79,7 +79,7 @@ def run(ffn: SketchedFFN, x: Tensor, asked: Asked) -> Computed:
         words = ready.down.words[0]
         assert words is not None
         few = words, ready.down.scales, ready.down.units, power_of_two(ffn.down.bits)
-    down_and_sum(sizes, down_rows(weights), given, output, all_off(weights, asked.mean), few, counts, counted)
+    down_and_sum(sizes, down_rows(weights), given, output, weights.down_bias, asked.base, few, counts, counted)
     return Computed(output, counted)
 
 
@@ -117,12 +117,12 @@ def _choose(
     xt = torch.empty(count, 32, width, dtype=torch.float32, device=x.device)
     norm = torch.empty(count, dtype=torch.float32, device=x.device)
     prepare_kernel[(count,)](x, xt, norm, columns, width, BLOCK=min(32, power_of_two(width)), num_warps=4)
-    mean, bits = asked.mean, ready.bits
+    levels = [None if one is None else one.expand(count).contiguous() for one in (asked.level, asked.exact_level)]
+    bits = ready.bits
     no_gate: Packed = Packed((None, None, None), ready.up.scales, ready.up.units)
     gate = ready.gate or no_gate
     sketched_kernel[(sizes.tiles, sizes.groups)](
-        x, xt, norm, asked.level.contiguous(), None if asked.exact_level is None else asked.exact_level.contiguous(),
-        mean, mean.stride(0) if mean is not None and mean.dim() == 2 else 0,
+        x, xt, norm, levels[0], levels[1], ffn.rounding, asked.mean, row_stride(asked.mean),
         weights.gate, weights.up, weights.gate_bias, weights.up_bias, weights.up.stride(0),
         *gate.words, gate.scales, gate.units, *ready.up.words, ready.up.scales, ready.up.units,
         ffn.looked, ffn.norms, *buffers, math.exp(ffn.reach), count, columns, len(ffn.norms), width, sizes.tiles,

@@ -1,7 +1,7 @@
 """Triton kernels for many tokens that use the first neurons each, sorted by how many, descending.
 
 A tile of tokens computes the neurons of its first token, the widest; programs beyond end at once, by numbers that they
-read on the device. What a token of the tile does not use is put to zero, or has its mean taken off elsewhere.
+read on the device. What a token of the tile does not use is put to zero.
 
 Imported when the first kernel runs. Ships with every exported model. M tokens, D residual width, F neurons.
 """
@@ -33,17 +33,16 @@ def add_product(left, right, total, UPCAST: tl.constexpr):
 
 @triton.jit
 def activations_kernel(
-    x, order, stops, gate, up, gate_bias, up_bias, weight_stride, mean, hidden, M, D, F,
+    x, order, stops, gate, up, gate_bias, up_bias, weight_stride, hidden, M, D, F,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr, DEPTH: tl.constexpr,
     EVEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Activations of ROWS tokens and NEURONS neurons, less their means: ``hidden`` (M, F), tokens in ``order``.
+    """Activations of ROWS tokens and NEURONS neurons: ``hidden`` (M, F), tokens in ``order``.
 
     Of the arguments:
 
         x: ``(M, D)``.
         order: ``(M,)`` int64, tokens by width, descending; ``stops`` (M,) int32: how many neurons they use.
-        mean: ``(F,)`` or None.
         EVEN: Whether DEPTH divides D.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -82,8 +81,6 @@ def activations_kernel(
             given = activate(gate_sum, ACTIVATION) * up_sum
         else:
             given = activate(up_sum, ACTIVATION)
-        if mean is not None:
-            given -= tl.load(mean + neuron, mask=there, other=0.0).to(tl.float32)[None, :]
         given = tl.where(neuron[None, :] < stop[:, None], given, 0.0)
         place = hidden + row.to(tl.int64)[:, None] * F + neuron[None, :]
         tl.store(place, given.to(hidden.dtype.element_ty), mask=row_ok[:, None] & there[None, :])
@@ -91,7 +88,7 @@ def activations_kernel(
 
 @triton.jit
 def down_kernel(
-    hidden, order, stops, down, column_stride, neuron_stride, all_off, output, M, D, F,
+    hidden, order, stops, down, column_stride, neuron_stride, bias, output, M, D, F,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Output (M, D) of ROWS tokens and COLUMNS columns, each token in its own place.
@@ -100,7 +97,7 @@ def down_kernel(
 
         hidden: As :func:`activations_kernel` writes it; ``order`` and ``stops`` likewise.
         down: ``(D, F)`` with both strides.
-        all_off: The output with all neurons off, (D,) float32, or None.
+        bias: ``(D,)`` or None.
         EVEN: Whether DEPTH divides F.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -123,8 +120,8 @@ def down_kernel(
             part = tl.load(hidden + row_at + neuron[None, :], mask=(neuron < F)[None, :], other=0.0)
             weight = tl.load(weight_at, mask=(neuron < F)[:, None], other=0.0)
         total = add_product(part, weight, total, UPCAST)
-    if all_off is not None:
-        total += tl.load(all_off + column, mask=inside, other=0.0)[None, :]
+    if bias is not None:
+        total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     token = tl.load(order + row, mask=row_ok, other=0)
     place = output + token[:, None] * D + column[None, :]
     tl.store(place, total.to(output.dtype.element_ty), mask=row_ok[:, None] & inside[None, :])

@@ -114,8 +114,12 @@ def power_of_two(count: int) -> int:
     return 1 << max(0, count - 1).bit_length()
 
 
+def row_stride(rows: Tensor | None) -> int:
+    """How far rows lie apart; 0 where there is one for all, (C,), or none at all."""
+    return rows.stride(0) if rows is not None and rows.dim() == 2 else 0
+
+
 _rows: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_outputs: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def down_rows(weights: FFNWeights) -> Tensor:
@@ -128,24 +132,6 @@ def down_rows(weights: FFNWeights) -> Tensor:
     if kept is None or kept[0] != now:
         kept = now, down.detach().t().contiguous()
         _rows[down] = kept
-    return kept[1]
-
-
-def all_off(weights: FFNWeights, mean: Tensor | None) -> Tensor | None:
-    """The output with every neuron off, (D,) or (M, D) float32: bias and means; ``None``: zeros.
-
-    With means it is a product with all of down, so it is kept for as long as ``mean`` lives unchanged: whoever passes
-    the same tensor from call to call pays once. A CUDA graph takes it as it is when the graph is recorded.
-    """
-    bias = None if weights.down_bias is None else weights.down_bias.float()
-    if mean is None:
-        return bias
-    now = _version(mean), weights.down.data_ptr(), _version(weights.down)
-    kept = _outputs.get(mean)
-    if kept is None or kept[0] != now:
-        given = torch.nn.functional.linear(mean.to(weights.down.dtype), weights.down).float()
-        kept = now, given if bias is None else given + bias
-        _outputs[mean] = kept
     return kept[1]
 
 

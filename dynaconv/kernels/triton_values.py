@@ -72,13 +72,12 @@ def exact_values(
 @triton.jit
 def low_values(
     xt, GATED: tl.constexpr, gate_bias, up_bias, gate_words, gate_scales, gate_units, up_words, up_scales, up_units,
-    mean, mean_stride, listed, length, flags, slot, given_exact, given_low, home, token, token_ok, tile, tiles, W,
+    mean, mean_stride, listed, length, flags, slot, given_low, home, token, token_ok, tile, tiles, W,
     BITS: tl.constexpr, ACTIVATION: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Activations of the ``length`` neurons ``listed`` by their codes, of which further planes are read.
+    """Activations, less their mean, of the ``length`` neurons ``listed``, by codes, of which further planes are read.
 
-    Behind ``flags``, one and two slots on, are the products with gate and up so far. Activations are written to
-    ``given_low``; the means, which neurons that are on do not give, are taken off exact columns (``given_exact``).
+    Behind ``flags``, one and two slots on, are the products with gate and up so far. Results go to ``given_low``.
     """
     for begin in range(0, length, ROWS):
         position = begin + tl.arange(0, ROWS)
@@ -107,16 +106,14 @@ def low_values(
         else:
             given = activate(given, ACTIVATION)
         used = keep & (tl.load(place, mask=keep, other=0.0) > 0)
-        own = home[:, None] + inner[None, :]
-        tl.store(given_low + own, given, mask=used)
         if mean is not None:
-            given = load_mean(mean, mean_stride, neuron, there, token, token_ok)
-            tl.store(given_exact + own, -given, mask=used)
+            given -= load_mean(mean, mean_stride, neuron, there, token, token_ok)
+        tl.store(given_low + home[:, None] + inner[None, :], given, mask=used)
 
 
 @triton.jit
 def chosen_kernel(
-    x, on, on_stride, block_of, stops, gate, up, gate_bias, up_bias, weight_stride, mean, mean_stride,
+    x, on, on_stride, block_of, stops, gate, up, gate_bias, up_bias, weight_stride,
     lists, flags, given_exact, M, D, F, tiles,
     ACTIVATION: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -153,7 +150,7 @@ def chosen_kernel(
     tl.store(given_exact + home[:, None] + inner[None, :], nothing, mask=token_ok[:, None] & (inner < TILE)[None, :])
     tl.debug_barrier()  # what other threads of this program wrote is read from here on
     exact_values(
-        x, gate, up, gate_bias, up_bias, weight_stride, mean, mean_stride,
+        x, gate, up, gate_bias, up_bias, weight_stride, None, 0,
         lists + cell, length, flags, given_exact, home, token, token_ok, tile, tiles, D,
         ACTIVATION, TOKENS, ROWS, COLUMNS, EVEN,
     )  # fmt: skip
