@@ -40,11 +40,11 @@ STAIRCASE_FLOAT32 = {"ROWS": 32, "NEURONS": 32, "COLUMNS": 32, "DEPTH": 32}
 
 def can_run(ffn: BlockedFFN, x: Tensor, choice: Choice) -> tuple[bool, str]:
     """Hard choices on a GPU, where no gradient is recorded."""
-    if isinstance(choice, Soft):
-        return False, "blocks are weighted"
     refused = inference_on_gpu(ffn.weights, x)
     if refused is not None:
         return refused
+    if isinstance(choice, Soft):
+        return False, "blocks are weighted"
     if activation_code(ffn.weights.activation) is None:
         return False, "there is no kernel for the activation"
     if ffn.low is not None or ffn.mean is not None:

@@ -113,8 +113,9 @@ def meta_sketch(columns: int, neurons: int, dtype: torch.dtype, *, gated: bool, 
     )  # fmt: skip
     gate_codes = meta_codes(neurons, columns, 4) if gated else None
     sizes = empty(neurons, of=torch.float32)
+    activation, rounding = ("relu", empty(2, of=torch.float32)) if biased else ("silu", None)
     codes = meta_codes(neurons, columns, 4), meta_codes(neurons, columns, 4)
-    return SketchedFFN(weights, gate_codes, *codes, sizes, sizes, 0.5, 2, 3, "silu")
+    return SketchedFFN(weights, gate_codes, *codes, sizes, sizes, 0.5, 2, 3, activation, rounding)
 
 
 MODULES = (triton_look, triton_values, triton_down, triton_staircase)
@@ -137,18 +138,18 @@ def record(launch: Any) -> list[Launch]:
 
 
 def launches(shape: str, dtype: torch.dtype, count: int) -> dict[str, list[Launch]]:
-    """By case, what calls for ``count`` tokens launch; the odd shape has no gate, but biases."""
+    """By case, what calls for ``count`` tokens launch; the odd shape has no gate, but biases and ReLU."""
     columns, neurons = SHAPES[shape]
     odd = shape == "odd"
     ffn = meta_sketch(columns, neurons, dtype, gated=not odd, biased=odd)
-    level, mean = torch.empty(count, device="meta"), torch.empty(neurons, dtype=dtype, device="meta")
+    level, mean, base = (torch.empty(size, device="meta") for size in (count, neurons, columns))
     x = torch.empty(count, columns, dtype=dtype, device="meta")
     blocks = BlockedFFN(ffn.weights, Partition.equal(neurons, neurons // 8))
     first = Prefix(torch.empty(count, dtype=torch.int64, device="meta"))
     found = {"nested": record(lambda: run_blocks(blocks, x, first))}
     if count <= 16:
         found["exact"] = record(lambda: run(ffn, x, Asked(level)))
-        found["low"] = record(lambda: run(ffn, x, Asked(level, level, mean)))
+        found["low"] = record(lambda: run(ffn, x, Asked(level, level, mean, base)))
     return found
 
 

@@ -16,7 +16,7 @@ from dynaconv.kernels.triton_sketched import can_run, run
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 EXACT = CopyLayout(values=False)
-SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def agree(case: Case, x: torch.Tensor, thresholds: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -36,8 +36,9 @@ def check(case: Case, tokens: int = 1, share: float = 0.75, exact: float = 0.5) 
     return agree(case, x, case.thresholds(x, share, exact, near=2))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(
+    ("activation", "gated"), [*zip(ACTIVATIONS, (True, False, True, False), strict=True), ("relu", True)]
+)
 def test_three_tiers(activation: str, gated: bool) -> None:
     counts = check(Case(47, 20, gated=gated, activation=activation, biases=activation != "silu"), tokens=2)
     assert (counts[:, 1] > counts[:, 2]).all() and (counts[:, 2] > 0).all(), "some neurons are exact, and some not"
@@ -45,7 +46,7 @@ def test_three_tiers(activation: str, gated: bool) -> None:
 
 @pytest.mark.parametrize("means", [True, False])
 def test_all_that_are_on_are_exact(means: bool) -> None:
-    check(Case(63, 37, layout=EXACT, means=means))
+    check(Case(63, 21, layout=EXACT, means=means))
 
 
 @pytest.mark.parametrize(("threshold", "on"), [(60.0, 0), (-160.0, 9)])
@@ -74,8 +75,8 @@ def test_columns_of_several_steps() -> None:
 
 def test_tokens_have_levels_of_their_own_and_do_not_see_their_batch() -> None:
     """Every row has the same bits alone, and in batches of other sizes."""
-    case = Case(63, 13)
-    x = case.draw(6, 63)
+    case = Case(63, 9)
+    x = case.draw(5, 63)
     rows = [case.thresholds(x[m : m + 1], share, 0.7 * share, near=2) for m, share in enumerate(SHARES)]
     thresholds = torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])
     agree(case, x, thresholds)
