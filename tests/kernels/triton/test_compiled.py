@@ -56,7 +56,7 @@ def test_sums_within_rows_run_alike_whatever_the_number_of_tokens(for_sm_90: dic
     for kernel in ("look.sketched_kernel", "values.chosen_kernel"):
         found = {name: tuple(map(tuple, one["sums"])) for name, one in for_sm_90.items() if name.startswith(kernel)}
         layouts = list(found.values())
-        assert len(layouts) >= 3 and layouts[0] and len(set(layouts)) == 1, f"{kernel}: {set(layouts)}"
+        assert len(layouts) >= 2 and layouts[0] and len(set(layouts)) == 1, f"{kernel}: {set(layouts)}"
 
 
 def test_other_shapes_and_dtypes_compile() -> None:
