@@ -36,6 +36,7 @@ class Case:
     activation: str = "silu"
     dtype: torch.dtype = torch.float32
     layout: CopyLayout = field(default_factory=CopyLayout)
+    coarse: int = 2
     bits: int = 3
     means: bool = True
     seed: int = 0
@@ -51,7 +52,7 @@ class Case:
             gate, self.draw(F, D) / D**0.5, self.draw(D, F) / F**0.5, act, gate_bias, biases[1], biases[2]
         )
         self.exact = FFNWeights(*(one.float() if isinstance(one, Tensor) else one for one in self.weights))
-        self.copy = FewBitCopy(self.layout, self.bits, 2)
+        self.copy = FewBitCopy(self.layout, self.bits, self.coarse)
         self.copy.follow(self.exact)
         self.router = SketchRouter(D, Partition.equal(F, 1), RouterLayout("sketch", reach=0.5))
         self.router.up_mean.copy_(0.5 + torch.rand(F, generator=self.generator))
@@ -67,8 +68,11 @@ class Case:
         """What a kernel is given."""
         return self.router.sketched(self.weights, self.activation)
 
-    def thresholds(self, x: Tensor, share: float, exact_share: float) -> tuple[Tensor, Tensor]:
-        """Two thresholds for each token of ``x``, in wide gaps between scores, so that rounding changes no choice."""
+    def thresholds(self, x: Tensor, share: float, exact_share: float, near: int = 20) -> tuple[Tensor, Tensor]:
+        """Two thresholds for each token of ``x``, in wide gaps between scores, so that rounding changes no choice.
+
+        Gaps are looked for among the ``near`` scores to either side of where the share would be.
+        """
         compared, looked = self.router.parts(self.router(x.float()))
         found = []
         for wanted in (share, exact_share):
@@ -76,7 +80,7 @@ class Case:
             for token in range(len(x)):
                 known = torch.cat([compared[token], looked[token]]).sort().values
                 place = min(len(known) - 2, max(0, round((1 - wanted) * (len(known) - 1))))
-                around = range(max(0, place - 20), min(len(known) - 1, place + 20))
+                around = range(max(0, place - near), min(len(known) - 1, place + near))
                 best = max(around, key=lambda i: float(known[i + 1] - known[i]))
                 each.append(float(known[best] + known[best + 1]) / 2)
             found.append(torch.tensor(each))

@@ -20,9 +20,11 @@ from dynaconv.kernels.cpu_routed import CPU_ROUTED
 from dynaconv.kernels.cpu_sketched import CPU_SKETCHED
 from dynaconv.kernels.reference import REFERENCE
 from dynaconv.kernels.sketched import SketchedBackend, SketchedFFN
+from dynaconv.kernels.triton_blocks import TRITON
+from dynaconv.kernels.triton_sketched import TRITON_SKETCHED
 
-SKETCHED: list[SketchedBackend] = [CPU_SKETCHED]
-BACKENDS: list[Backend] = [CPU_NESTED, CPU_ROUTED, REFERENCE]
+SKETCHED: list[SketchedBackend] = [TRITON_SKETCHED, CPU_SKETCHED]
+BACKENDS: list[Backend] = [TRITON, CPU_NESTED, CPU_ROUTED, REFERENCE]
 
 
 class Dispatch(NamedTuple):
