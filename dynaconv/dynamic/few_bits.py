@@ -35,7 +35,6 @@ class FewBitCopy:
     Attributes:
         norms: Of the columns of down, (F,) float32.
         packed: Whether it is held as codes, and nothing else is left of the weights.
-        version: How often it was made.
         rounding: What each look's rounding adds to a weight that the activation sees, root mean square, (2,) float32;
             ``None`` where the activation is not flat below 0 (:func:`is_flat`).
     """
@@ -45,7 +44,7 @@ class FewBitCopy:
 
     def __init__(self, layout: CopyLayout, bits: int, coarse: int) -> None:
         self.layout, self.bits, self.coarse = layout, bits, coarse
-        self.packed, self.version = False, 0
+        self.packed = False
         self._made_from: tuple[Any, ...] | None = None
         self._codes: _FFNCodes | None = None
         self._decoded: dict[tuple[str, torch.dtype], Any] = {}
@@ -69,7 +68,6 @@ class FewBitCopy:
             return
         self._codes, self._made_from = self._encoded(weights), identity
         self._decoded.clear()
-        self.version += 1
 
     @torch.no_grad()
     def pack(self, weights: FFNWeights) -> None:
@@ -84,6 +82,11 @@ class FewBitCopy:
             assert up is not None
             self._codes, self.norms = (gate, up, down), self.norms.to(device)
             self.rounding = None if self.rounding is None else self.rounding.to(device)
+
+    @property
+    def made(self) -> bool:
+        """Whether it was made, and is not to be made anew."""
+        return self._made_from is not None
 
     @property
     def codes(self) -> _FFNCodes:
@@ -190,14 +193,18 @@ def computed_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
+def version(tensor: Tensor) -> int:
+    """How often ``tensor`` was changed in place, as far as it keeps count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _identity(weight: Tensor | None) -> tuple[Any, ...] | None:
     if weight is None:
         return None
-    version = 0 if weight.is_inference() else weight._version
     fetched = getattr(weight if weight._base is None else weight._base, "kept_as", None)
     if fetched is not None:  # by accelerate, for this call
         return (*fetched, weight.storage_offset(), weight.dtype, weight.device)
-    return weight.data_ptr(), version, weight.dtype, weight.device
+    return weight.data_ptr(), version(weight), weight.dtype, weight.device
 
 
 def _straight_through(weight: Tensor, value: Tensor) -> Tensor:

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from dynaconv.dynamic.call import Call
-from dynaconv.dynamic.controller import Controlled
 from dynaconv.dynamic.cost import FFNCost, FFNShape, ffn_cost
 from dynaconv.dynamic.few_bits import FewBitCopy
-from dynaconv.dynamic.fused import Fused, inference, thresholds_of
+from dynaconv.dynamic.fused import Fused
 from dynaconv.dynamic.layout import FFNLayout
 from dynaconv.dynamic.policy import Decision, Full, by_sequence
 from dynaconv.dynamic.projections import (
@@ -155,7 +154,7 @@ class DynamicFFN(nn.Module):
             return self._scores(x)
         if self._packed is not None and self._packed.up.device != x.device:
             self._move_packed(x.device)
-        fused = self._fused(x)
+        fused = self.fused.output(self, x)
         if fused is not None:
             return fused
         decision = self._decide(x)
@@ -227,34 +226,6 @@ class DynamicFFN(nn.Module):
         parts = (one.to(device) if isinstance(one, Tensor) else one for one in self._packed)
         self._packed = FFNWeights(*parts)  # type: ignore[arg-type]
 
-    def _fused(self, x: Tensor) -> Tensor | None:
-        """The output (..., D) of a kernel that is router and FFN at once; ``None`` where none can run."""
-        policy, router, copy = self.call.policy, self.router, self.copy
-        if copy is None or self._packed is not None or not isinstance(router, SketchRouter):
-            return None
-        if self.call.recorder is not None or not inference(x):
-            return None
-        found, rows = thresholds_of(policy, self.site, x), x.reshape(-1, x.shape[-1])
-        if found is None or not (self.fused.unchanged() or self._watch()):
-            return None
-        ready = self.fused.ready(rows, self.weights, self.activation_name, copy, router)
-        if ready is None:
-            return None
-        ffn, backend = ready
-        asked = self.fused.asked(*found, x, router, self.means, ffn.weights.down)
-        output, counts = backend.run(ffn, rows, asked)
-        if isinstance(policy, Controlled):
-            policy.observe_counts(counts, self.site.partition.neurons)
-        return output.view_as(x)
-
-    def _watch(self) -> bool:
-        """Has the copy follow the weights, and says whether kernels may read them."""
-        if not self.is_plain():
-            return False
-        self._prepare()
-        self.fused.watch(self.projections())
-        return True
-
     def _low_bit_only(self, x: Tensor, decision: Decision) -> Tensor:
         assert self.copy is not None
         partition, choice, rows = self.site.partition, decision.choice, x.reshape(-1, x.shape[-1])
@@ -295,10 +266,19 @@ class DynamicFFN(nn.Module):
         own = {f"router.{name}": value for name, value in self.router.state_dict(keep_vars=True).items()}
         return own if self.means is None else own | {"means": self.means}
 
+    def places(self) -> list[tuple[nn.Module, str]]:
+        """Where its projections hang: the module, and the name below it."""
+        names = (self.names.gate, self.names.up, self.names.down)
+        return [(self._owner, name) for name in dict.fromkeys(names) if name is not None]
+
     def projections(self) -> list[nn.Module]:
         """The stock projections it computes with."""
-        names = (self.names.gate, self.names.up, self.names.down)
-        return [projection(self._owner, name) for name in dict.fromkeys(names) if name is not None]
+        return [projection(*place) for place in self.places()]
+
+    @property
+    def packed(self) -> bool:
+        """Whether it holds low-bit values alone."""
+        return self._packed is not None
 
     def is_plain(self) -> bool:
         """Whether its projections compute what their weights say, so that kernels may read these."""
@@ -315,14 +295,14 @@ class DynamicFFN(nn.Module):
         if policy is None:
             return Decision(None)
         if not isinstance(policy, Full) or policy.scored:
-            self._prepare()
+            self.prepare()
         return policy.decide(self.site, self.router, x)
 
     def _scores(self, x: Tensor) -> Tensor:
-        self._prepare()
+        self.prepare()
         return self.router(x)
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
         """Lets a sketch router, and the few-bit copy that it reads, see the weights as they are now."""
         if not isinstance(self.router, SketchRouter) or self.copy is None:
             return

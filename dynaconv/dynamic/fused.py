@@ -8,25 +8,46 @@ B sequences, T tokens, D residual width, F neurons, G sets of means.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dynaconv.dynamic.controller import Controlled
-from dynaconv.dynamic.few_bits import FewBitCopy
+from dynaconv.dynamic.few_bits import version
 from dynaconv.dynamic.policy import ByThreshold, by_sequence
 from dynaconv.dynamic.routers.sketch import SketchRouter
 from dynaconv.kernels.dispatch import sketched_backend
-from dynaconv.kernels.sketched import Asked, SketchedBackend, SketchedFFN
-from dynaconv.kernels.weights import FFNWeights
+from dynaconv.kernels.sketched import Asked, SketchedFFN
+
+
+class _Watched(NamedTuple):
+    """A projection, where it hangs, and its parameters with the versions they had."""
+
+    around: nn.Module
+    name: str
+    module: nn.Module
+    parameters: tuple[tuple[str, Tensor, int], ...]
+
+    def unchanged(self) -> bool:
+        module = self.module
+        if self.around._modules.get(self.name) is not module or "forward" in module.__dict__:
+            return False
+        if module._forward_hooks or module._forward_pre_hooks:
+            return False
+        own = module._parameters
+        return all(own.get(name) is value and version(value) == known for name, value, known in self.parameters)
 
 
 class _Mixed(NamedTuple):
-    """Means of one call: what they were made from, what neurons give that are off, and what that adds up to."""
+    """Means of one call: what they were made from, what neurons give that are off, and what that adds up to.
 
-    made_from: tuple[Any, ...]
+    It keeps what it was made from, whose memory is then nobody else's.
+    """
+
+    means: Tensor
+    sets: Tensor
+    versions: tuple[int, int]
     mean: Tensor
     base: Tensor
 
@@ -36,9 +57,8 @@ class Fused:
 
     def __init__(self) -> None:
         self._ffn: SketchedFFN | None = None
-        self._made_from: tuple[Any, ...] = ()
+        self._watched: tuple[_Watched, ...] = ()
         self._mixed: _Mixed | None = None
-        self._watched: list[tuple[nn.Module, Tensor, int]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # made again, from the weights that it will be used with
@@ -46,85 +66,70 @@ class Fused:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
 
-    def watch(self, modules: Sequence[nn.Module]) -> None:
-        """Remembers the projections as they are now, which the FFN was made from."""
-        self._watched = [(module, module.weight, module.weight._version) for module in modules]  # type: ignore[misc]
-
-    def unchanged(self) -> bool:
-        """Whether the projections still are what they were; costs less than to look at everything anew."""
-        return bool(self._watched) and all(
-            module._parameters["weight"] is weight
-            and weight._version == version
-            and not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-            for module, weight, version in self._watched
-        )
-
-    def ready(
-        self, x: Tensor, weights: Callable[[], FFNWeights], activation: str, copy: FewBitCopy, router: SketchRouter
-    ) -> tuple[SketchedFFN, SketchedBackend] | None:
-        """The FFN as kernels take it, and the one that runs for tokens ``x`` (M, D); ``None`` where none does.
+    def output(self, site: Any, x: Tensor) -> Tensor | None:
+        """What the FFN gives for inputs ``x`` (..., D); ``None`` where this is not the way.
 
         Args:
-            x: The tokens.
-            weights: Gives the weights, where they are not known, after their copy has been made.
-            activation: What ``config.json`` calls the nonlinearity.
-            copy: The few-bit copy.
-            router: The site's.
+            site: The dynamic FFN.
+            x: Its inputs.
         """
-        made_from = (copy.version, router.offset._version, router.up_mean._version)
-        if self._ffn is None or made_from != self._made_from:
-            self._ffn, self._mixed = router.sketched(weights(), activation), None
-            self._made_from = made_from
-        backend = sketched_backend(self._ffn, x)
-        return None if backend is None else (self._ffn, backend)
+        policy, router = site.call.policy, site.router
+        if not isinstance(router, SketchRouter) or site.packed or site.call.recorder is not None:
+            return None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        held = policy.policy if isinstance(policy, Controlled) else policy
+        if not isinstance(held, ByThreshold) or not self._follows(site):
+            return None
+        ffn, rows = self._ffn, x.reshape(-1, x.shape[-1])
+        assert ffn is not None
+        backend = sketched_backend(ffn, rows)
+        if backend is None:
+            return None
 
-    def asked(
-        self, thresholds: Tensor, exact: Tensor | None, means: Tensor | None, x: Tensor, router: SketchRouter,
-        sets: Tensor | None, down: Tensor,
-    ) -> Asked:  # fmt: skip
-        """What kernels are asked.
-
-        Args:
-            thresholds: Of the tokens ``x``, broadcastable to (B, T).
-            exact: Those of exact values.
-            means: Weights of the sets, (G,) or (B, G).
-            x: ``(B, T, D)``, or (B * T, D).
-            router: The site's.
-            sets: ``(G, F)``.
-            down: ``(D, F)``.
-        """
-
-        def levels(values: Tensor) -> Tensor:
-            level = router.level(values)
+        def levels(thresholds: Tensor) -> Tensor:
+            level = router.level(policy.of_site(thresholds, site.site, x))
             return level if level.dim() == 0 else level.expand(x.shape[:-1]).reshape(-1)
 
-        mean = base = None
-        if means is not None and sets is not None:
-            mean, base = self._means(means, sets, down)
-            if mean.dim() == 2:
-                mean, base = (by_sequence(one, x).expand(*x.shape[:-1], -1).flatten(0, -2) for one in (mean, base))
-        return Asked(levels(thresholds), None if exact is None else levels(exact), mean, base)
+        exact = None if held.exact is None else levels(held.exact)
+        mean, base = self._means(held.means, site.means, ffn.weights.down, x)
+        output, counts = backend.run(ffn, rows, Asked(levels(held.thresholds), exact, mean, base))
+        if isinstance(policy, Controlled):
+            policy.observe_counts(counts, site.site.partition.neurons)
+        return output.view_as(x)
 
-    def _means(self, means: Tensor, sets: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-        made_from = (means.data_ptr(), means._version, means.shape, sets.data_ptr(), sets._version)
-        if self._mixed is None or self._mixed.made_from != made_from:
+    def _follows(self, site: Any) -> bool:
+        """Whether kernels may read the weights; then they are given them as they are now."""
+        if self._watched and site.copy.made and all(watched.unchanged() for watched in self._watched):
+            return True
+        self._watched, self._mixed = (), None
+        if not site.is_plain():
+            return False
+        site.prepare()
+        self._ffn = site.router.sketched(site.weights(), site.activation_name)
+        self._watched = tuple(_watched(*place) for place in site.places())
+        return True
+
+    def _means(
+        self, means: Tensor | None, sets: Tensor | None, down: Tensor, x: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What the tokens' neurons give that are off, (F,) or (M, F), and what that adds up to, (D,) or (M, D)."""
+        if means is None or sets is None:
+            return None, None
+        versions, known = (version(means), version(sets)), self._mixed
+        if known is None or known.means is not means or known.sets is not sets or known.versions != versions:
             mean = means.to(sets) @ sets
-            self._mixed = _Mixed(made_from, mean, mean @ down.t().to(mean.dtype))
-        return self._mixed.mean, self._mixed.base
+            known = self._mixed = _Mixed(means, sets, versions, mean, mean @ down.t().to(mean.dtype))
+        if known.mean.dim() == 1:
+            return known.mean, known.base
+        mean, base = (by_sequence(one, x).expand(*x.shape[:-1], -1).flatten(0, -2) for one in (known.mean, known.base))
+        return mean, base
 
 
-def thresholds_of(policy: Any, site: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-    """Thresholds, those of exact values, and weights of means that ``policy`` has for tokens ``x``.
-
-    ``None`` where it decides by something else.
-    """
-    held = policy.policy if isinstance(policy, Controlled) else policy
-    if not isinstance(held, ByThreshold):
-        return None
-    exact = None if held.exact is None else policy.of_site(held.exact, site, x)
-    return policy.of_site(held.thresholds, site, x), exact, held.means
-
-
-def inference(x: Tensor) -> bool:
-    """Whether nothing is compiled, and no gradients are recorded."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+def _watched(owner: nn.Module, path: str) -> _Watched:
+    around, _, name = path.rpartition(".")
+    parent = owner.get_submodule(around)
+    module = parent._modules[name]
+    assert module is not None
+    parameters = [(each, value, version(value)) for each, value in module._parameters.items() if value is not None]
+    return _Watched(parent, name, module, tuple(parameters))

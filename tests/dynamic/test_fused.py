@@ -120,6 +120,33 @@ def test_the_copy_follows_weights_that_change(tiny_checkpoint: Maker) -> None:
     assert_close_but_for_ties(after, expected)
 
 
+def test_biases_and_means_that_change_are_followed(tiny_checkpoint: Maker) -> None:
+    model, ids = neurons_model(tiny_checkpoint("llama", hidden=64, ffn=67, mlp_bias=True)), token_ids(2, 3)
+    with torch.no_grad():
+        for _ in range(3):
+            for budget in (0.3, 0.6):  # each call's thresholds and means may lie where those of another did
+                found = model(ids, dial=budget).logits
+                with backends():
+                    assert_close_but_for_ties(found, model(ids, dial=budget).logits)
+            for ffn in model.ffns():
+                ffn.means.add_(0.1)
+                for bias in (ffn.weights().gate_bias, ffn.weights().down_bias):
+                    bias.add_(0.3)
+
+
+def test_adapters_that_come_after_a_call_are_called(tiny_checkpoint: Maker) -> None:
+    peft = pytest.importorskip("peft")
+    model, ids = neurons_model(tiny_checkpoint("llama", hidden=64, ffn=67)), token_ids(2, 3)
+    with torch.no_grad(), counted() as calls:
+        model(ids, dial=0.5)
+        assert calls
+        settings = peft.LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False)
+        adapted = peft.get_peft_model(model, settings)
+        calls.clear()
+        adapted(input_ids=ids, dial=0.5)
+        assert not calls
+
+
 def test_other_ways_are_taken_where_somebody_looks_or_listens(tiny_checkpoint: Maker) -> None:
     model, ids = neurons_model(tiny_checkpoint("llama", hidden=64, ffn=67)), token_ids(1, 2)
     with counted() as calls:
