@@ -2,6 +2,7 @@
 
     python scripts/bench_quality.py MODEL VALID.txt --training-free
     python scripts/bench_quality.py MODEL VALID.txt
+    python scripts/bench_quality.py MODEL VALID.txt --tuned FOLDER
 
 MODEL is a dense checkpoint, VALID.txt text that neither it nor the fine-tuning has seen. All methods get the same bf16
 weights (a copy is made of other checkpoints), compute in float32, and are scored on the same random windows.
@@ -10,6 +11,8 @@ With --training-free: the baselines of ``quality_peers.py`` and our own recipes 
 their calibrated dials. Without: a copy trained by each recipe, and one densely, on the same tokens
 (``quality_tuned.py``). Budgets of those are matched by solving the threshold on the scored windows while gated: one
 number is fitted, to cost and not to loss.
+
+With --tuned: one model of recipe ``tune`` that was trained elsewhere, FOLDER, in the same way.
 
 By default the text to calibrate and train on is an equal share of every package on this machine; by size, a few large
 ones would drown the rest. Resumable: trained copies and finished rows are kept in --runs. Several processes may each
@@ -111,6 +114,7 @@ def main(
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = LENGTH,
     half: Annotated[Half, typer.Option("--dtype", help="Type of the weights that all methods get.")] = Half.bf16,
     tokens: Annotated[int, typer.Option(help="Fine-tuning tokens of each copy.")] = 1_000_000,
+    tuned: Annotated[Path | None, typer.Option(help="Model of recipe tune, made elsewhere, to score.")] = None,
     only: Annotated[str, typer.Option(help="What to measure now, as 'TEAL;default'.")] = "",
     runs: Annotated[Path, typer.Option(help="Where trained copies and rows are kept.")] = Path("runs/bench-quality"),
     out: Annotated[Path, typer.Option(help="Result file.")] = Path("benchmarks/quality.json"),
@@ -127,14 +131,20 @@ def main(
     settings["text"] = calibration.name if calibration else f"package sources but {exclude}"
     files: dict[Path, dict[str, Any]] = {runs / "rows" / "training-free.json": settings}
     files |= {runs / "rows" / f"{copy.name}-{tokens}.json": {**settings, "tokens": tokens} for copy in COPIES}
+    if tuned is not None:
+        files = {runs / "rows" / f"{model.name}-tuned.json": settings}
     judge = Judge(half_precision(model, runs / f"{model.name}-{half.value}", half.dtype), valid, count, length)
-    if training_free:
+    if tuned is not None:
+        path, own = next(iter(files.items()))
+        score_copy(judge.rows(path, own), Copy("tune", 0), tuned, judge.measure, judge.batches)
+    elif training_free:
         measure_training_free(judge, judge.rows(*next(iter(files.items()))), text, runs, chosen)
     else:
         for copy, (path, own) in zip(COPIES, list(files.items())[1:], strict=True):
             if copy.name in chosen:
                 measure_tuned(judge, judge.rows(path, own, copy.seed), copy, text, runs, tokens)
     mode = ["--training-free"] if training_free else ["--tokens", str(tokens)]
+    mode = mode if tuned is None else ["--tuned", "FOLDER"]
     mode += ["--calibration", calibration.name] if calibration else []
     command = ["python", "scripts/bench_quality.py", model.name, valid.name, *mode, "--windows", str(count)]
     head = {"command": shlex.join(command), "settings": {**settings, "tokens": tokens}, "torch": torch.__version__}
