@@ -9,11 +9,13 @@ D residual width, F neurons, M tokens.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
@@ -53,13 +55,16 @@ def _fits(ffn: SketchedFFN) -> tuple[bool, str]:
     if up.group != 32 or up.columns % 16:
         return False, f"its loops take groups of 32 and widths divisible by 16, not {up.group} and {up.columns}"
     if not _installed():
-        return False, "numba is not installed: pip install 'dynaconv[cpu]'"
+        return False, "numba 0.68 or newer is not installed: pip install 'dynaconv[cpu]'"
     return True, "a few tokens with neurons of their own, on a CPU"
 
 
 @functools.cache
 def _installed() -> bool:
-    return find_spec("numba") is not None
+    if find_spec("numba") is None:
+        return False
+    major, minor = metadata.version("numba").split(".")[:2]
+    return (int(major), int(minor)) >= (0, 68)  # older ones come with an LLVM that names instructions otherwise
 
 
 def run(ffn: SketchedFFN, x: Tensor, asked: Asked) -> Computed:
@@ -224,7 +229,7 @@ def _records(parts: list[tuple[str, Tensor | None]]) -> tuple[Tensor, dict[str, 
 def _on_large_pages(tensor: Tensor) -> Tensor:
     """A copy on large pages, where the system has them: rows that are read lie far apart."""
     memory = mmap.mmap(-1, max(1, tensor.nbytes))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    with contextlib.suppress(AttributeError, OSError):  # not everywhere
         memory.madvise(mmap.MADV_HUGEPAGE)
     made = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape)
     return made.copy_(tensor)
